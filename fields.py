@@ -1,0 +1,191 @@
+"""Feature fields on the Möbius strip: channel layout, rho(s), gauge transformations, isometries.
+
+The strip is a rectangle of W x L pixels whose short ends are glued with a twist. A feature map is a
+tensor of shape ``(N, C, W, L)``: dim 2 runs across the strip (width), dim 3 along it (length). The cut
+lies between column L-1 and column 0, and whoever walks over it comes out reflected: pixel w becomes
+W-1-w, and feature vectors are acted on by rho(s), with s the reflection in the group R = {e, s}.
+
+A feature space is given by the multiplicities ``(m_triv, m_sign, m_reg)`` of three field types. This
+file is the only one that knows where their channels lie and how s acts on them.
+
+Source: Weiler, Forré, Verlinde, Welling, *Coordinate Independent Convolutional Networks* (2021),
+arXiv:2106.06020, Section 5.
+"""
+
+import operator
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Fields(NamedTuple):
+    """Multiplicities of the field types, in the order of their channels. Equal to the plain tuple.
+
+    triv: number of trivial (scalar) fields, one channel each.
+    sign: number of sign-flip fields, one channel each.
+    reg:  number of regular fields, two adjacent channels each.
+    """
+
+    triv: int
+    sign: int
+    reg: int
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C = m_triv + m_sign + 2 m_reg."""
+        return sum(m * REPRESENTATIONS[name].dim for name, m in self._asdict().items())
+
+
+class Representation(NamedTuple):
+    """dim: channels of one field. rho_s: the action of s on dim 1 of a tensor of such fields."""
+
+    dim: int
+    rho_s: Callable[[Tensor], Tensor]
+
+
+def _negate(x: Tensor) -> Tensor:
+    # Negating an unsigned integer wraps around without a word; a bool has no negative at all.
+    if x.dtype == torch.bool or not (x.is_floating_point() or x.is_complex() or x.dtype.is_signed):
+        raise ValueError(f"sign-flip fields need a dtype with negative numbers, got {x.dtype}")
+    return -x
+
+
+def _swap_pairs(x: Tensor) -> Tensor:
+    return x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+
+
+REPRESENTATIONS = {
+    "triv": Representation(1, lambda x: x),
+    "sign": Representation(1, _negate),
+    "reg": Representation(2, _swap_pairs),
+}
+
+
+def as_fields(fields, name: str = "fields") -> Fields:
+    """Check multiplicities and return them as `Fields`.
+
+    Args:
+        fields: three non-negative integers ``(m_triv, m_sign, m_reg)``, not all zero.
+        name: what to call them in an error.
+
+    Raises:
+        ValueError: if they are anything else.
+    """
+    try:
+        parsed = Fields(*(operator.index(m) for m in fields))
+        if min(parsed) < 0 or max(parsed) == 0 or any(isinstance(m, bool) for m in fields):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be three non-negative integers (m_triv, m_sign, m_reg), not all zero, got {fields!r}"
+        ) from None
+    return parsed
+
+
+def check_features(x: Tensor, fields: Fields, ndim: int = 4) -> None:
+    """Raise ValueError unless `x` is an `ndim`-dimensional tensor whose dim 1 holds the channels of `fields`."""
+    if x.ndim != ndim:
+        raise ValueError(f"expected a {ndim}-d tensor (N, C, W, L), got shape {tuple(x.shape)}")
+    if x.shape[1] != fields.channels:
+        raise ValueError(
+            f"expected {fields.channels} channels for fields {tuple(fields)}, got shape {tuple(x.shape)}"
+        )
+
+
+def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
+    """Views of the channels of each field type that occurs in `fields`, in the order of the channels."""
+    blocks, start = {}, 0
+    for name, m in fields._asdict().items():
+        if m:
+            width = m * REPRESENTATIONS[name].dim
+            blocks[name] = x.narrow(1, start, width)
+            start += width
+    return blocks
+
+
+def map_types(x: Tensor, fields: Fields, functions: dict[str, Callable[[Tensor], Tensor]]) -> Tensor:
+    """Apply ``functions[type]`` to the channels of each field type, in one call where they are all one type."""
+    blocks = split_types(x, fields)
+    if len(blocks) == 1:
+        return functions[next(iter(blocks))](x)
+    return torch.cat([functions[name](block) for name, block in blocks.items()], dim=1)
+
+
+def gauge_transform(x: Tensor, fields) -> Tensor:
+    """Reflect all frames: rho(s) acts on the channels, no pixel moves.
+
+    Args:
+        x: feature map ``(N, C, W, L)`` of any dtype and device.
+        fields: multiplicities ``(m_triv, m_sign, m_reg)`` with C channels in all.
+
+    Returns:
+        A tensor of the same shape; it is `x` itself where rho is trivial.
+
+    Raises:
+        ValueError: if `x` does not have C channels, is not 4-d, or has sign-flip fields in a dtype without
+            negative numbers.
+
+    Source: arXiv:2106.06020, Section 5.
+    """
+    fields = as_fields(fields)
+    check_features(x, fields)
+    return _rho_s(x, fields)
+
+
+def _rho_s(x: Tensor, fields: Fields) -> Tensor:
+    return map_types(x, fields, {name: rep.rho_s for name, rep in REPRESENTATIONS.items()})
+
+
+def cross_cut(x: Tensor, fields: Fields) -> Tensor:
+    """Columns as they look from the other side of the cut: flipped across the width, acted on by rho(s).
+
+    Args:
+        x: any number of columns ``(N, C, W, columns)``.
+        fields: multiplicities with C channels in all.
+    """
+    return _rho_s(x.flip(2), fields)
+
+
+def double_cover(x: Tensor, fields: Fields) -> Tensor:
+    """The field on the orientable double cover, the cylinder ``[x | cross_cut(x)]`` of shape (N, C, W, 2L)."""
+    return torch.cat([x, cross_cut(x, fields)], dim=3)
+
+
+def isometry_action(x: Tensor, shift, fields) -> Tensor:
+    """Move a field along the strip: content goes `shift` columns to the right and re-enters reflected.
+
+    The period is 2L: a shift by L is the pure reflection with rho(s), a shift by 2L the identity.
+
+    Args:
+        x: feature map ``(N, C, W, L)`` of any dtype and device.
+        shift: any integer, or an integer tensor of shape ``(N,)`` with a shift for each sample.
+        fields: multiplicities ``(m_triv, m_sign, m_reg)`` with C channels in all.
+
+    Returns:
+        A new tensor of the same shape.
+
+    Raises:
+        ValueError: as `gauge_transform`, or if `shift` is neither of the two.
+
+    Source: arXiv:2106.06020, Section 5.
+    """
+    fields = as_fields(fields)
+    check_features(x, fields)
+    length = x.shape[3]
+    columns = torch.arange(length, device=x.device)
+    cover = double_cover(x, fields)
+    if isinstance(shift, Tensor) and shift.ndim:
+        if shift.shape != x.shape[:1] or shift.is_floating_point() or shift.is_complex() or shift.dtype == torch.bool:
+            raise ValueError(
+                f"shift must be an integer or an integer tensor of shape ({x.shape[0]},), "
+                f"got {shift.dtype} of shape {tuple(shift.shape)}"
+            )
+        source = (columns - shift.to(x.device, torch.long)[:, None]) % (2 * length)
+        return cover.gather(3, source[:, None, None, :].expand(x.shape))
+    try:
+        shift = operator.index(shift)
+    except TypeError:
+        raise ValueError(f"shift must be an integer, got {shift!r}") from None
+    # Reduced in Python first: the shift may be larger than any tensor's integer.
+    return cover.index_select(3, (columns - shift % (2 * length)) % (2 * length))

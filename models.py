@@ -1,0 +1,176 @@
+"""The networks of the Möbius MNIST experiment, and the table of their seven names.
+
+    python models.py        prints each model's class, field types and number of parameters
+
+Source: arXiv:2106.06020, Section 5, Tables 4 and 5.
+"""
+
+from functools import partial
+from math import sqrt
+
+import torch.nn as nn
+from torch import Tensor
+
+from fields import as_fields
+from nn_layers import EquivNonlin, MobiusConv, MobiusPadNaive, MobiusPool
+
+# Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as many fields.
+# All have 16, 32, 64, 128, 256 channels. (The paper's Table 4 prints (4, 4, 2) for the first convolution of
+# 'mixed'; only (4, 4, 4) has the 16 channels of the others and the number of parameters of its Table 5.)
+MODES = {
+    "scalar": (4, 0, 0),
+    "signflip": (0, 4, 0),
+    "regular": (0, 0, 2),
+    "irrep": (2, 2, 0),
+    "mixed": (1, 1, 1),
+}
+
+FEATURES = 64  # invariant features that the convolutions hand to the classifier
+
+
+def _classifier(classes: int, factory: dict) -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm1d(FEATURES, **factory),
+        nn.ELU(),
+        nn.Dropout(0.3),
+        nn.Linear(FEATURES, 32, **factory),
+        nn.BatchNorm1d(32, **factory),
+        nn.ELU(),
+        nn.Dropout(0.3),
+        nn.Linear(32, classes, **factory),
+    )
+
+
+def _check_counts(**counts) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be a positive integer, got {count!r}")
+
+
+class MobiusGaugeCNN(nn.Module):
+    """Gauge equivariant CNN on the Möbius strip. Its logits do not change under shifts by multiples of 4.
+
+    Six convolutions with a nonlinearity after the first five and pooling after the second and the fourth; the
+    sixth gives 64 scalar fields, whose global maximum is what an invariant classifier sees.
+
+    Args:
+        kernel_size: odd and positive.
+        ch_in: scalar fields of the input.
+        classes: number of logits.
+        mode: field types in between, 'scalar', 'signflip', 'regular', 'irrep' or 'mixed'.
+        device, dtype: of the parameters.
+
+    Shape:
+        ``(N, ch_in, W, L)`` to ``(N, classes)``.
+
+    Raises:
+        ValueError: for an argument that is not allowed.
+
+    Source: arXiv:2106.06020, Section 5, Table 4.
+    """
+
+    def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, mode: str = "regular",
+                 *, device=None, dtype=None) -> None:
+        super().__init__()
+        _check_counts(ch_in=ch_in, classes=classes)
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.mode = mode
+        factory = {"device": device, "dtype": dtype}
+        conv, nonlin = partial(MobiusConv, kernel_size=kernel_size, **factory), partial(EquivNonlin, **factory)
+        scalars = (ch_in, 0, 0)
+        f1, f2, f3, f4, f5 = (as_fields(n * m for m in MODES[mode]) for n in (4, 8, 16, 32, 64))
+        self.mobius_cnn = nn.Sequential(
+            conv(scalars, f1), nonlin(f1),
+            conv(f1, f2), nonlin(f2), MobiusPool(f2),
+            conv(f2, f3), nonlin(f3),
+            conv(f3, f4), nonlin(f4), MobiusPool(f4),
+            conv(f4, f5), nonlin(f5),
+            conv(f5, (FEATURES, 0, 0)),
+        )
+        self.classifier = _classifier(classes, factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.mobius_cnn(x).amax(dim=(2, 3)))
+
+
+class CNN(nn.Module):
+    """Conventional CNN of the same architecture: it pads over the cut but knows nothing of frames.
+
+    Args:
+        kernel_size: odd and positive.
+        ch_in: input channels.
+        classes: number of logits.
+        fix_params: divide the channels by sqrt(2), for about as many parameters as the gauge CNNs have;
+            otherwise it has as many channels as they have.
+        device, dtype: of the parameters.
+
+    Shape:
+        ``(N, ch_in, W, L)`` to ``(N, classes)``.
+
+    Raises:
+        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d.
+
+    Source: arXiv:2106.06020, Section 5, Table 4.
+    """
+
+    def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, fix_params: bool = False,
+                 *, device=None, dtype=None) -> None:
+        super().__init__()
+        _check_counts(ch_in=ch_in, classes=classes)
+        factory = {"device": device, "dtype": dtype}
+
+        def conv(c_in, c_out):
+            return MobiusPadNaive(kernel_size), nn.Conv2d(c_in, c_out, kernel_size, **factory)
+
+        def pool(channels):
+            return MobiusPool((channels, 0, 0))
+
+        c1, c2, c3, c4, c5 = (int(c / sqrt(2)) if fix_params else c for c in (16, 32, 64, 128, 256))
+        self.cnn = nn.Sequential(
+            *conv(ch_in, c1), nn.ELU(),
+            *conv(c1, c2), nn.ELU(), pool(c2),
+            *conv(c2, c3), nn.ELU(),
+            *conv(c3, c4), nn.ELU(), pool(c4),
+            *conv(c4, c5), nn.ELU(),
+            *conv(c5, FEATURES),
+        )
+        self.classifier = _classifier(classes, factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.cnn(x).amax(dim=(2, 3)))
+
+
+MODELS = {
+    "cnn_same_channels": partial(CNN, fix_params=False),
+    "cnn_same_params": partial(CNN, fix_params=True),
+    "mobius_scalar": partial(MobiusGaugeCNN, mode="scalar"),
+    "mobius_signflip": partial(MobiusGaugeCNN, mode="signflip"),
+    "mobius_regular": partial(MobiusGaugeCNN, mode="regular"),
+    "mobius_irrep": partial(MobiusGaugeCNN, mode="irrep"),
+    "mobius_mixed": partial(MobiusGaugeCNN, mode="mixed"),
+}
+
+
+def build_model(name: str, **kwargs) -> nn.Module:
+    """A new model by its ``--model`` name; `kwargs` go to its class.
+
+    Raises:
+        ValueError: for a name that is not in `MODELS`, or as the class does.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    return MODELS[name](**kwargs)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of learnable values."""
+    return sum(p.numel() for p in model.parameters())
+
+
+if __name__ == "__main__":
+    print(f"{'--model':18} {'class':15} {'parameters':>10}   base multiplicities (m_triv, m_sign, m_reg)")
+    for name in MODELS:
+        model = build_model(name)
+        base = MODES[model.mode] if isinstance(model, MobiusGaugeCNN) else ""
+        print(f"{name:18} {type(model).__name__:15} {count_parameters(model):10,}   {base}")
