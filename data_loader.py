@@ -1,6 +1,6 @@
 """Möbius strip digits: npz -> checked tensors -> batches.
 
-The 35 MB of a set of digits fit into any memory: they live on the device as tensors, and a batch is an index.
+The digits of a data set fit into any memory: they live on the device as tensors, and a batch is an index.
 """
 
 import zipfile
@@ -9,29 +9,27 @@ from typing import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from convert_mnist import LENGTH, WIDTH, Split
 
 CLASSES = 10
+KEYS = tuple(f"{split}_{array}" for split in ("train", "test") for array in ("data_shifted", "data_centered", "labels"))
+REMEDY = "python convert_mnist.py makes a good one"
 
 
-def _checked_images(images: np.ndarray) -> Tensor:
-    if images.ndim != 4 or images.shape[1:] != (1, WIDTH, LENGTH) or not len(images):
-        raise ValueError(f"has shape {images.shape}, not (n, 1, {WIDTH}, {LENGTH})")
-    if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(f"has dtype {images.dtype}, not a floating point one")
-    if not (images.min() >= 0 and images.max() <= 1):  # so written, nan is refused too
-        raise ValueError("has values outside [0, 1]")
-    return torch.from_numpy(images.astype(np.float32, copy=False))
-
-
-def _checked_labels(labels: np.ndarray, n: int) -> Tensor:
-    if labels.shape != (n,):
-        raise ValueError(f"has shape {labels.shape}, not ({n},) as the images")
-    if not np.issubdtype(labels.dtype, np.number) or not np.isin(labels, np.arange(CLASSES)).all():
-        raise ValueError(f"has labels outside 0 … {CLASSES - 1}")
-    return torch.from_numpy(labels.astype(np.int64))
+def _read_arrays(path) -> dict[str, np.ndarray]:
+    try:
+        # Not np.load, which takes whatever is no zip archive for a pickle.
+        with open(path, "rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as npz:
+            missing = [key for key in KEYS if key not in npz.files]
+            if missing:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            return {key: np.asarray(npz[key]) for key in KEYS}
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror or error}") from error
+    # BadZipFile, zlib.error, EOFError: truncated. ValueError: pickled, or as above. RuntimeError: encrypted.
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a complete npz of Möbius strip digits: {error}; {REMEDY}") from error
 
 
 def load_dataset(path, device="cpu") -> dict[str, Split]:
@@ -49,30 +47,30 @@ def load_dataset(path, device="cpu") -> dict[str, Split]:
         ValueError: naming the file and the fault, if it is not such a file.
         OSError: if it is not there or cannot be read.
     """
-    key = None
-    try:
-        with open(path, "rb") as file:  # np.load would take an .npy or a pickle for granted
-            npz = np.lib.npyio.NpzFile(file, allow_pickle=False)
-            dataset = {}
-            for split in ("train", "test"):
-                labels = None
-                for version in ("shifted", "centered"):
-                    key = f"{split}_data_{version}"
-                    images = _checked_images(npz[key])
-                    key = f"{split}_labels"
-                    if labels is None:
-                        labels = npz[key]
-                    dataset[f"{split}_{version}"] = Split(
-                        images.to(device), _checked_labels(labels, len(images)).to(device)
-                    )
-    except OSError as error:
-        raise OSError(f"cannot read {path}: {error.strerror or error}") from error
-    except KeyError as error:
-        raise ValueError(f"{path} has no {key}; python convert_mnist.py makes a complete file") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is truncated or no npz file ({error}); python convert_mnist.py makes it anew") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {key} {error}; python convert_mnist.py makes it anew") from error
+    arrays = _read_arrays(path)
+
+    def require(holds: bool, key: str, fault: str) -> None:
+        if not holds:
+            raise ValueError(f"{path}: {key} has {fault}; {REMEDY}")
+
+    dataset = {}
+    for split in ("train", "test"):
+        key = f"{split}_labels"
+        labels = arrays[key]
+        require(labels.ndim == 1 and len(labels) > 0, key, f"shape {labels.shape}, not (n,) with n >= 1")
+        # Also refuses what is not a number.
+        require(np.isin(labels, np.arange(CLASSES)).all(), key, f"labels outside 0 … {CLASSES - 1}")
+        labels = torch.from_numpy(labels.astype(np.int64)).to(device)
+        for version in ("shifted", "centered"):
+            key = f"{split}_data_{version}"
+            images = arrays[key]
+            shape = (len(labels), 1, WIDTH, LENGTH)
+            require(images.shape == shape, key, f"shape {images.shape}, not {shape}")
+            require(np.issubdtype(images.dtype, np.floating), key, f"dtype {images.dtype}, not a floating point one")
+            # Also refuses nan.
+            require(images.min() >= 0 and images.max() <= 1, key, "values outside [0, 1]")
+            images = torch.from_numpy(images.astype(np.float32, copy=False)).to(device)
+            dataset[f"{split}_{version}"] = Split(images, labels)
     return dataset
 
 

@@ -46,7 +46,7 @@ class Representation(NamedTuple):
 
 def _negate(x: Tensor) -> Tensor:
     # Negating an unsigned integer wraps around without a word; a bool has no negative at all.
-    if x.dtype == torch.bool or not (x.is_floating_point() or x.is_complex() or x.dtype.is_signed):
+    if not x.dtype.is_signed:
         raise ValueError(f"sign-flip fields need a dtype with negative numbers, got {x.dtype}")
     return -x
 

@@ -46,7 +46,7 @@ def transport_pad(x: Tensor, pad: int, fields) -> Tensor:
     check_features(x, fields)
     length = x.shape[3]
     if not 0 <= pad <= length:
-        raise ValueError(f"cannot take {pad} columns over the cut of a strip of length L = {length}")
+        raise ValueError(f"padding by {pad} columns needs a strip of at least that length, got L = {length}")
     # narrow, not x[..., -pad:], which is everything when pad is 0.
     left = cross_cut(x.narrow(3, length - pad, pad), fields)
     right = cross_cut(x.narrow(3, 0, pad), fields)

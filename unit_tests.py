@@ -1,0 +1,757 @@
+"""Tests of every file, in the order in which they import each other.
+
+    python unit_tests.py            all of them, about a minute
+    python unit_tests.py TestMobiusConv         one group
+    python -m pytest unit_tests.py  the same with pytest
+
+Reference implementations are written out from the definitions, with explicit matrices and loops, and share no
+code with what they test. Equivariance is tested in float64 to 1e-10, beside a layer or model that must fail.
+"""
+
+import contextlib
+import copy
+import gzip
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import convert_mnist
+import data_loader
+import train
+from fields import Fields, as_fields, gauge_transform, isometry_action
+from models import CNN, MODELS, MODES, MobiusGaugeCNN, build_model, count_parameters
+from nn_layers import EquivNonlin, MobiusConv, MobiusPadNaive, MobiusPool, transport_pad
+
+ROOT = Path(__file__).resolve().parent
+DOUBLE = torch.float64
+TOLERANCE = 1e-10
+TYPES = {"triv": (1, 0, 0), "sign": (0, 1, 0), "reg": (0, 0, 1)}
+FIELDS = [(2, 0, 0), (0, 2, 0), (0, 0, 2), (1, 2, 0), (2, 0, 1), (0, 1, 2), (2, 1, 3)]
+KERNEL_SIZES = (1, 3, 5, 7)
+SIZES = [(6, 8), (7, 8), (6, 7), (5, 5)]  # (W, L), odd and even
+
+
+def setUpModule():
+    torch.manual_seed(0)
+
+
+def channels(fields) -> int:
+    return fields[0] + fields[1] + 2 * fields[2]
+
+
+def rho_matrix(fields) -> torch.Tensor:
+    """rho(s) as a matrix, written out."""
+    triv, sign, reg = fields
+    blocks = [torch.ones(1, 1)] * triv + [-torch.ones(1, 1)] * sign + [torch.tensor([[0.0, 1.0], [1.0, 0.0]])] * reg
+    return torch.block_diag(*blocks).to(DOUBLE)
+
+
+def act(fields, x: torch.Tensor) -> torch.Tensor:
+    """rho(s) on dim 1."""
+    return torch.einsum("ij,njwl->niwl", rho_matrix(fields).to(x.dtype), x)
+
+
+def reference_cover(x: torch.Tensor, fields, first: int, last: int) -> torch.Tensor:
+    """Columns first … last - 1 of the field continued over the cut in both directions, one by one."""
+    length = x.shape[3]
+    columns = []
+    for column in range(first, last):
+        turns, column = divmod(column, length)
+        values = x[:, :, :, column:column + 1]
+        columns.append(act(fields, values.flip(2)) if turns % 2 else values)
+    return torch.cat(columns, dim=3)
+
+
+def features(fields, width: int, length: int, n: int = 2, dtype=DOUBLE) -> torch.Tensor:
+    return torch.randn(n, channels(fields), width, length, dtype=dtype)
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    """All parameters random: a zero bias would hide a wrong one."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
+
+
+def all_shifts(length: int) -> range:
+    return range(-2 * length, 2 * length + 1)
+
+
+class Case(unittest.TestCase):
+    def assertClose(self, actual, expected, tolerance=TOLERANCE, message=None):
+        self.assertEqual(actual.shape, expected.shape, message)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=message and (lambda m: f"{message}\n{m}"))
+
+    def assertNotClose(self, actual, expected, message=None):
+        self.assertEqual(actual.shape, expected.shape, message)
+        self.assertGreater((actual - expected).abs().max().item(), 1e-3, message)
+
+    def assertIsometryEquivariant(self, layer, in_fields, out_fields, width, length, step=1):
+        """Under every shift by a multiple of `step`, where a shift of the output is that of the input / step."""
+        x = features(in_fields, width, length)
+        y = layer(x)
+        for shift in range(-2 * length, 2 * length + 1, step):
+            self.assertClose(
+                layer(isometry_action(x, shift, in_fields)), isometry_action(y, shift // step, out_fields),
+                message=f"fields {in_fields} -> {out_fields}, W x L = {width} x {length}, shift {shift}",
+            )
+
+    def assertGaugeEquivariant(self, layer, in_fields, out_fields, width, length):
+        """For a layer that acts at each point of its output in any frame alike."""
+        x = features(in_fields, width, length)
+        self.assertClose(layer(gauge_transform(x, in_fields)), gauge_transform(layer(x), out_fields))
+
+
+# ======================================================================================================
+# fields.py
+
+
+class TestFields(Case):
+    def test_channels(self):
+        self.assertEqual(Fields(10, 4, 8).channels, 30)
+        self.assertEqual(as_fields((10, 4, 8)), (10, 4, 8))
+        self.assertEqual(as_fields(np.array([1, 2, 3])), (1, 2, 3))
+
+    def test_bad_multiplicities(self):
+        for bad in [(0, 0, 0), (-1, 2, 0), (1.0, 0, 0), (1, 2), (1, 2, 3, 4), ("1", 0, 0), (True, 0, 0), 3, None]:
+            with self.subTest(bad), self.assertRaisesRegex(ValueError, re.escape(repr(bad))):
+                as_fields(bad)
+
+    def test_gauge_transform_is_rho(self):
+        for fields in FIELDS:
+            with self.subTest(fields):
+                x = features(fields, 3, 4)
+                self.assertClose(gauge_transform(x, fields), act(fields, x))
+                self.assertTrue(torch.equal(gauge_transform(gauge_transform(x, fields), fields), x))
+
+    def test_isometry_action_column_by_column(self):
+        for fields, (width, length) in itertools.product(FIELDS, [(4, 3), (3, 4), (1, 1)]):
+            x = features(fields, width, length)
+            for shift in all_shifts(length):
+                with self.subTest(fields=fields, length=length, shift=shift):
+                    self.assertClose(isometry_action(x, shift, fields), reference_cover(x, fields, -shift, length - shift))
+
+    def test_isometry_group(self):
+        fields, length = (1, 2, 1), 5
+        x = features(fields, 4, length)
+        self.assertTrue(torch.equal(isometry_action(x, length, fields), gauge_transform(x.flip(2), fields)))
+        for identity in (0, 2 * length, -2 * length, 10**30 * 2 * length):
+            self.assertTrue(torch.equal(isometry_action(x, identity, fields), x))
+        for a, b in itertools.product(all_shifts(length), repeat=2):
+            both = isometry_action(isometry_action(x, a, fields), b, fields)
+            self.assertTrue(torch.equal(both, isometry_action(x, a + b, fields)))
+
+    def test_a_shift_for_each_sample(self):
+        fields = (1, 1, 1)
+        x = features(fields, 3, 4, n=17)
+        shifts = torch.arange(-8, 9)
+        expected = torch.cat([isometry_action(x[i:i + 1], int(t), fields) for i, t in enumerate(shifts)])
+        self.assertTrue(torch.equal(isometry_action(x, shifts, fields), expected))
+        self.assertTrue(torch.equal(isometry_action(x, shifts.to(torch.int32), fields), expected))
+        for bad in (shifts[:3], shifts.double(), shifts > 0, shifts[:, None]):
+            with self.assertRaisesRegex(ValueError, "shift must be"):
+                isometry_action(x, bad, fields)
+
+    def test_dtypes_and_devices(self):
+        fields = (1, 1, 1)
+        numbers = torch.arange(2 * 4 * 3 * 5).reshape(2, 4, 3, 5) - 60
+        signed = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.int8,
+                  torch.int16, torch.int32, torch.int64]
+        for dtype in signed:
+            with self.subTest(dtype):
+                x = numbers.to(dtype)
+                y = isometry_action(x, 7, fields)
+                self.assertEqual(y.dtype, dtype)
+                self.assertTrue(torch.equal(y, isometry_action(numbers, 7, fields).to(dtype)))
+        for dtype in (torch.uint8, torch.bool):
+            x = (numbers % 3 == 0).to(dtype)
+            self.assertTrue(torch.equal(isometry_action(x, 7, (2, 0, 1)).long(), isometry_action(x.long(), 7, (2, 0, 1))))
+            with self.subTest(dtype), self.assertRaisesRegex(ValueError, f"negative numbers, got {dtype}"):
+                gauge_transform(x, fields)
+        y = isometry_action(numbers.to("meta"), 7, fields)
+        self.assertEqual((y.device.type, y.shape), ("meta", numbers.shape))
+
+    def test_bad_arguments(self):
+        x = features((1, 1, 1), 3, 4)
+        for bad in (1.0, "1", None):
+            with self.assertRaisesRegex(ValueError, "shift must be an integer"):
+                isometry_action(x, bad, (1, 1, 1))
+        for act_on in (gauge_transform, lambda x, fields: isometry_action(x, 1, fields)):
+            with self.assertRaisesRegex(ValueError, "expected 5 channels"):
+                act_on(x, (2, 1, 1))
+            with self.assertRaisesRegex(ValueError, "4-d"):
+                act_on(x[0], (1, 1, 1))
+
+
+# ======================================================================================================
+# nn_layers.py
+
+
+class TestTransportPad(Case):
+    def test_is_a_window_of_the_double_cover(self):
+        for fields, pad, (width, length) in itertools.product(FIELDS, (0, 1, 2, 3), [(4, 3), (3, 4)]):
+            with self.subTest(fields=fields, pad=pad, length=length):
+                x = features(fields, width, length)
+                before = x.clone()
+                padded = transport_pad(x, pad, fields)
+                self.assertClose(padded[:, :, pad:pad + width], reference_cover(x, fields, -pad, length + pad))
+                self.assertEqual(padded.shape, (2, channels(fields), width + 2 * pad, length + 2 * pad))
+                self.assertTrue((padded[:, :, :pad] == 0).all() and (padded[:, :, pad + width:] == 0).all())
+                self.assertTrue(torch.equal(x, before))
+
+    def test_naive_is_the_one_of_scalars(self):
+        x = features((0, 1, 2), 6, 7)
+        for k in KERNEL_SIZES:
+            self.assertTrue(torch.equal(MobiusPadNaive(k)(x), transport_pad(x, k // 2, (5, 0, 0))))
+        self.assertNotClose(MobiusPadNaive(3)(x), transport_pad(x, 1, (0, 1, 2)))
+
+    def test_bad_arguments(self):
+        for k in (0, 2, -1, 3.0, "3", None, True):
+            with self.assertRaisesRegex(ValueError, f"kernel_size must be .* got {k!r}"):
+                MobiusPadNaive(k)
+        with self.assertRaisesRegex(ValueError, "4-d"):
+            MobiusPadNaive(3)(torch.zeros(1, 2, 3))
+        with self.assertRaisesRegex(ValueError, "L = 1"):
+            MobiusPadNaive(5)(torch.zeros(1, 2, 3, 1))
+        for pad in (-1, 4):
+            with self.assertRaisesRegex(ValueError, f"padding by {pad}"):
+                transport_pad(torch.zeros(1, 1, 3, 3), pad, (1, 0, 0))
+
+
+class TestMobiusConv(Case):
+    SHAPES = {  # of o = 3 output fields and i = 2 input fields, as published
+        "triv2triv": lambda k: (3, 2, k // 2 + 1, k),
+        "sign2sign": lambda k: (3, 2, k // 2 + 1, k),
+        "triv2sign": lambda k: (3, 2, k // 2, k),
+        "sign2triv": lambda k: (3, 2, k // 2, k),
+        "triv2reg": lambda k: (3, 2, k, k),
+        "sign2reg": lambda k: (3, 2, k, k),
+        "reg2triv": lambda k: (3, 2, k, k),
+        "reg2sign": lambda k: (3, 2, k, k),
+        "reg2reg": lambda k: (3, 4, k, k),
+    }
+
+    def test_parameters(self):
+        for (i, in_fields), (o, out_fields), k in itertools.product(TYPES.items(), TYPES.items(), KERNEL_SIZES):
+            with self.subTest(block=f"{i}2{o}", k=k):
+                conv = MobiusConv([2 * m for m in in_fields], [3 * m for m in out_fields], k)
+                expected = {f"weights_{i}2{o}": self.SHAPES[f"{i}2{o}"](k)}
+                if o != "sign":
+                    expected[f"bias_{o}"] = (3,)
+                self.assertEqual({name: tuple(p.shape) for name, p in conv.named_parameters()}, expected)
+        names = {f"weights_{block}" for block in self.SHAPES} | {"bias_triv", "bias_reg"}
+        self.assertEqual(set(MobiusConv((1, 1, 1), (1, 1, 1), 3).state_dict()), names)
+
+    def test_kernel_is_steerable(self):
+        for in_fields, out_fields, k in itertools.product(FIELDS + list(TYPES.values()), FIELDS + list(TYPES.values()), KERNEL_SIZES):
+            with self.subTest(in_fields=in_fields, out_fields=out_fields, k=k):
+                kernel = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE)).expand_kernel()
+                self.assertEqual(kernel.shape, (channels(out_fields), channels(in_fields), k, k))
+                rho_out, rho_in = rho_matrix(out_fields), rho_matrix(in_fields)
+                self.assertClose(kernel.flip(2), torch.einsum("ab,bcwl,cd->adwl", rho_out, kernel, rho_in.inverse()))
+
+    def test_kernels_are_all_steerable_ones(self):
+        """As many free parameters as the space of steerable kernels has dimensions, none of them idle."""
+        for in_fields, out_fields, k in itertools.product(TYPES.values(), TYPES.values(), (1, 3)):
+            conv = MobiusConv(in_fields, out_fields, k, dtype=DOUBLE)
+            weights = {name: p for name, p in conv.named_parameters() if name.startswith("weights")}
+
+            def expand(flat):
+                values = dict(zip(weights, flat.split([p.numel() for p in weights.values()])))
+                values = {name: value.view_as(weights[name]) for name, value in values.items()}
+                with torch.no_grad():
+                    for name, parameter in weights.items():
+                        parameter.copy_(values[name])
+                return conv.expand_kernel().detach().flatten()
+
+            size = sum(p.numel() for p in weights.values())
+            basis = torch.stack([expand(row) for row in torch.eye(size, dtype=DOUBLE)]) if size else torch.zeros(0, 1)
+            # The projector on steerable kernels is the mean of the identity and K -> rho_out K(s.v) rho_in^-1.
+            flip = torch.eye(k, dtype=DOUBLE).flip(0)
+            action = torch.kron(torch.kron(rho_matrix(out_fields), rho_matrix(in_fields)), torch.kron(flip, torch.eye(k, dtype=DOUBLE)))
+            dimension = round((len(action) + action.trace().item()) / 2)
+            with self.subTest(in_fields=in_fields, out_fields=out_fields, k=k):
+                self.assertEqual(size, dimension)
+                self.assertEqual(int(torch.linalg.matrix_rank(basis)) if size else 0, dimension)
+
+    def test_layout_of_the_stored_blocks(self):
+        """What stands in a checkpoint stands where the published layout has it."""
+        k, centre = 5, 2
+        for (i, in_fields), (o, out_fields) in itertools.product(TYPES.items(), TYPES.items()):
+            conv = randomized(MobiusConv([2 * m for m in in_fields], [3 * m for m in out_fields], k, dtype=DOUBLE))
+            stored, kernel = getattr(conv, f"weights_{i}2{o}"), conv.expand_kernel()
+            d_out, d_in = (2 if o == "reg" else 1), (2 if i == "reg" else 1)
+            with self.subTest(block=f"{i}2{o}"):
+                if "reg" not in (i, o):
+                    self.assertClose(kernel[:, :, :stored.shape[2]], stored)
+                    if i != o:
+                        self.assertTrue((kernel[:, :, centre] == 0).all())
+                elif i == o:
+                    self.assertClose(kernel[::2], stored)  # K11, K12 interleaved
+                else:
+                    self.assertClose(kernel[::d_out, ::d_in], stored)
+
+    def test_bias_is_invariant(self):
+        for fields in FIELDS:
+            conv = randomized(MobiusConv((1, 0, 0), fields, 3, dtype=DOUBLE))
+            bias = conv.expand_bias()
+            with self.subTest(fields):
+                if fields[0] == fields[2] == 0:
+                    self.assertIsNone(bias)
+                    continue
+                triv, sign, reg = fields
+                self.assertClose(rho_matrix(fields) @ bias, bias)
+                self.assertTrue((bias[triv:triv + sign] == 0).all())
+                self.assertClose(bias[:triv], conv.bias_triv if triv else bias[:0])
+                self.assertClose(bias[triv + sign::2], conv.bias_reg if reg else bias[:0])
+
+    def test_is_the_convolution_on_the_double_cover(self):
+        for k, (width, length) in itertools.product(KERNEL_SIZES, SIZES):
+            in_fields, out_fields, p = (1, 2, 1), (2, 1, 1), k // 2
+            conv = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE))
+            x = features(in_fields, width, length)
+            rows = F.pad(reference_cover(x, in_fields, -p, length + p), (0, 0, p, p))
+            patches = rows.unfold(2, k, 1).unfold(3, k, 1)
+            bias = torch.zeros(channels(out_fields), dtype=DOUBLE)
+            bias[:2], bias[3:] = conv.bias_triv, conv.bias_reg
+            expected = torch.einsum("ncwlab,ocab->nowl", patches, conv.expand_kernel()) + bias[:, None, None]
+            with self.subTest(k=k, width=width, length=length):
+                self.assertClose(conv(x), expected)
+
+    def test_gauge_equivariance(self):
+        """In reflected frames the kernel's width axis points the other way; features come out reflected."""
+        for in_fields, out_fields, k in itertools.product(FIELDS, FIELDS, KERNEL_SIZES):
+            conv = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE))
+            x = features(in_fields, 5, 6)
+            reflected = F.conv2d(transport_pad(gauge_transform(x, in_fields), k // 2, in_fields),
+                                 conv.expand_kernel().flip(2), conv.expand_bias())
+            with self.subTest(in_fields=in_fields, out_fields=out_fields, k=k):
+                self.assertClose(reflected, gauge_transform(conv(x), out_fields))
+
+    def test_isometry_equivariance(self):
+        for in_fields, out_fields in itertools.product(FIELDS, FIELDS):
+            for k, size in zip(KERNEL_SIZES, SIZES):
+                conv = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE))
+                self.assertIsometryEquivariant(conv, in_fields, out_fields, *size)
+        for k, size in itertools.product(KERNEL_SIZES, SIZES + [(1, 3), (8, 6)]):
+            conv = randomized(MobiusConv((1, 1, 1), (1, 1, 1), k, dtype=DOUBLE))
+            self.assertIsometryEquivariant(conv, (1, 1, 1), (1, 1, 1), *size)
+
+    def test_a_plain_convolution_is_not_equivariant(self):
+        for fields in FIELDS:
+            c = channels(fields)
+            naive = nn.Sequential(MobiusPadNaive(3), nn.Conv2d(c, c, 3, dtype=DOUBLE))
+            with self.subTest(fields), self.assertRaises(AssertionError):
+                self.assertIsometryEquivariant(naive, fields, fields, 6, 8)
+        # Transport padding alone is not enough, nor are steerable kernels without it.
+        conv = randomized(MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE))
+        for layer in (
+            lambda x: F.conv2d(transport_pad(x, 1, (1, 1, 1)), torch.ones(4, 4, 3, 3, dtype=DOUBLE).cumsum(2)),
+            lambda x: F.conv2d(MobiusPadNaive(3)(x), conv.expand_kernel(), conv.expand_bias()),
+        ):
+            with self.assertRaises(AssertionError):
+                self.assertIsometryEquivariant(layer, (1, 1, 1), (1, 1, 1), 6, 8)
+
+    def test_moving_the_cut_changes_nothing(self):
+        """Cut the strip elsewhere: the columns left of the new cut are glued on behind the old one, reflected."""
+        fields, width, length = (1, 1, 2), 5, 6
+        conv = randomized(MobiusConv(fields, fields, 5, dtype=DOUBLE))
+
+        def recut(x, column):
+            return torch.cat([x[..., column:], act(fields, x[..., :column].flip(2))], dim=3)
+
+        x = features(fields, width, length)
+        for column in range(length + 1):
+            self.assertClose(conv(recut(x, column)), recut(conv(x), column))
+
+    def test_initialisation(self):
+        conv = MobiusConv((10, 4, 8), (12, 16, 20), 5)
+        std = 2 / math.sqrt(25 * (30 + 68))
+        for name, parameter in conv.named_parameters():
+            if name.startswith("bias"):
+                self.assertTrue((parameter == 0).all(), name)
+            else:
+                self.assertAlmostEqual(parameter.std().item() / std, 1, delta=0.15, msg=name)
+                self.assertAlmostEqual(parameter.mean().item() / std, 0, delta=0.15, msg=name)
+        weight = conv.weights_reg2reg.clone()
+        conv.reset_parameters()
+        self.assertFalse(torch.equal(weight, conv.weights_reg2reg))
+
+    def test_bad_arguments(self):
+        for k in (0, 2, -1, -3, 3.0, "3", None, True):
+            with self.assertRaisesRegex(ValueError, f"kernel_size must be an odd positive integer, got {k!r}"):
+                MobiusConv((1, 0, 0), (1, 0, 0), k)
+        for bad in [(0, 0, 0), (1, -1, 0), (1, 0.5, 0), (1, 0)]:
+            with self.assertRaisesRegex(ValueError, rf"in_fields must be .* got {re.escape(repr(bad))}"):
+                MobiusConv(bad, (1, 0, 0), 3)
+            with self.assertRaisesRegex(ValueError, rf"out_fields must be .* got {re.escape(repr(bad))}"):
+                MobiusConv((1, 0, 0), bad, 3)
+        conv = MobiusConv((1, 1, 1), (1, 0, 0), 5)
+        for bad, message in [((4, 6, 6), "4-d"), ((1, 3, 6, 6), "4 channels"), ((1, 4, 6, 1), "L = 1")]:
+            with self.assertRaisesRegex(ValueError, message):
+                conv(torch.zeros(bad))
+        self.assertEqual(conv(torch.zeros(1, 4, 6, 2)).shape, (1, 1, 6, 2))  # L = k // 2
+
+
+class TestEquivNonlin(Case):
+    def test_parameters(self):
+        self.assertEqual({n: tuple(p.shape) for n, p in EquivNonlin((2, 3, 1)).named_parameters()}, {"bias_sign": (1, 3, 1, 1)})
+        self.assertTrue((EquivNonlin((2, 3, 1)).bias_sign == 0).all())
+        self.assertEqual(list(EquivNonlin((2, 0, 1)).parameters()), [])
+
+    def test_values(self):
+        for fields in FIELDS:
+            triv, sign, reg = fields
+            layer = randomized(EquivNonlin(fields, dtype=DOUBLE))
+            x = features(fields, 4, 5)
+            elu = np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
+            if sign:
+                values = x[:, triv:triv + sign].numpy()
+                shifted = np.abs(values) + layer.bias_sign.detach().numpy()
+                elu[:, triv:triv + sign] = np.sign(values) * np.where(shifted > 0, shifted, np.expm1(np.minimum(shifted, 0)))
+            with self.subTest(fields):
+                self.assertClose(layer(x), torch.from_numpy(elu))
+
+    def test_zeros_and_extremes(self):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            most, least = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+            values = torch.tensor([0.0, -0.0, 1.0, -1.0, most, -most, least, -least, math.inf, -math.inf], dtype=dtype)
+            for b in (-2.0, 0.0, 2.0):
+                with self.subTest(dtype=dtype, b=b):
+                    layer = EquivNonlin((1, 1, 1), dtype=dtype)
+                    nn.init.constant_(layer.bias_sign, b)
+                    x = values.expand(1, 4, 1, -1).clone().requires_grad_()
+                    y = layer(x)
+                    self.assertFalse(y.isnan().any())
+                    self.assertTrue((y[0, 1, 0, :2] == 0).all())
+                    y[..., :8].sum().backward()
+                    self.assertFalse(x.grad.isnan().any() or layer.bias_sign.grad.isnan().any())
+
+    def test_equivariance(self):
+        for fields, size in itertools.product(FIELDS, SIZES):
+            layer = randomized(EquivNonlin(fields, dtype=DOUBLE))
+            self.assertGaugeEquivariant(layer, fields, fields, *size)
+            self.assertIsometryEquivariant(layer, fields, fields, *size)
+
+    def test_elu_alone_is_not_equivariant(self):
+        with self.assertRaises(AssertionError):
+            self.assertGaugeEquivariant(nn.ELU(), (0, 2, 0), (0, 2, 0), 4, 4)
+
+    def test_bad_arguments(self):
+        with self.assertRaisesRegex(ValueError, "in_fields"):
+            EquivNonlin((0, 0, 0))
+        for bad, message in [((4, 6, 6), "4-d"), ((1, 3, 6, 6), "4 channels")]:
+            with self.assertRaisesRegex(ValueError, message):
+                EquivNonlin((1, 1, 1))(torch.zeros(bad))
+
+
+class TestMobiusPool(Case):
+    @staticmethod
+    def reference(x, fields):
+        """Window by window, in Python."""
+        triv, sign, _ = fields
+        n, c, width, length = x.shape
+        if length % 2:
+            x = reference_cover(x, fields, 0, length + 1)
+        rows = {
+            0: [[range(w, w + 2) for w in range(0, width, 2)]],
+            1: [[range(w, min(w + 2, width)) for w in range(0, width, 2)], [range(max(w, 0), w + 2) for w in range(-1, width, 2)]],
+        }[width % 2]
+        y = torch.zeros(n, c, (width + 1) // 2, (length + 1) // 2, dtype=x.dtype)
+        for i, j, l in itertools.product(range(n), range(c), range(y.shape[3])):
+            for windows in rows:
+                for w, window in enumerate(windows):
+                    values = [x[i, j, r, column].item() for r in window for column in (2 * l, 2 * l + 1)]
+                    # max() keeps the first of equals: of +a and -a the positive one.
+                    odd = triv <= j < triv + sign
+                    y[i, j, w, l] += max(sorted(values, reverse=True), key=abs) if odd else max(values)
+        return y / len(rows)
+
+    def test_values(self):
+        for fields, (width, length) in itertools.product(FIELDS, SIZES + [(1, 2), (2, 1), (1, 1), (28, 28)]):
+            n = 1 if width == 28 else 2
+            x = features(fields, width, length, n)
+            with self.subTest(fields=fields, width=width, length=length):
+                self.assertClose(MobiusPool(fields)(x), self.reference(x, fields))
+                # Where all values are negative or small, a pad of zeros would win.
+                self.assertClose(MobiusPool(fields)(-x.abs()), self.reference(-x.abs(), fields))
+
+    def test_tie(self):
+        pool = MobiusPool((0, 1, 0))
+        for window in itertools.permutations([2.0, -2.0, 1.0, -1.0]):
+            self.assertEqual(pool(torch.tensor(window).reshape(1, 1, 2, 2)).item(), 2.0)
+        self.assertEqual(pool(torch.zeros(1, 1, 2, 2)).item(), 0.0)
+
+    def test_equivariance(self):
+        for fields, size in itertools.product(FIELDS, SIZES):
+            self.assertGaugeEquivariant(MobiusPool(fields), fields, fields, *size)
+        for fields, size in itertools.product(FIELDS, [(6, 8), (7, 8), (4, 6), (5, 2)]):
+            self.assertIsometryEquivariant(MobiusPool(fields), fields, fields, *size, step=2)
+
+    def test_plain_pooling_is_not_equivariant(self):
+        with self.assertRaises(AssertionError):  # the maximum of a sign-flip field is not odd
+            self.assertGaugeEquivariant(nn.MaxPool2d(2), (0, 2, 0), (0, 2, 0), 6, 8)
+        with self.assertRaises(AssertionError):  # windows aligned to one edge are not those of the reflected strip
+            self.assertIsometryEquivariant(nn.MaxPool2d(2, ceil_mode=True), (1, 0, 0), (1, 0, 0), 7, 8, step=2)
+
+    def test_dtypes(self):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            x = features((1, 1, 1), 7, 7).to(dtype)
+            y = MobiusPool((1, 1, 1))(x)
+            self.assertEqual(y.dtype, dtype)
+            self.assertFalse(y.isnan().any())
+
+    def test_bad_arguments(self):
+        with self.assertRaisesRegex(ValueError, "in_fields"):
+            MobiusPool((0, 0))
+        for bad, message in [((4, 6, 6), "4-d"), ((1, 3, 6, 6), "4 channels")]:
+            with self.assertRaisesRegex(ValueError, message):
+                MobiusPool((1, 1, 1))(torch.zeros(bad))
+
+
+class TestTorchHabits(Case):
+    """The layers in the company of PyTorch's own tools."""
+
+    LAYERS = [
+        lambda **factory: MobiusConv((1, 1, 1), (1, 2, 1), 3, **factory),
+        lambda **factory: EquivNonlin((1, 1, 1), **factory),
+        lambda **factory: MobiusPool((1, 1, 1)),
+        lambda **factory: MobiusPadNaive(3),
+    ]
+
+    def test_gradcheck(self):
+        for make in self.LAYERS:
+            layer = randomized(make(dtype=DOUBLE))
+            parameters = dict(layer.named_parameters())
+            x = features((1, 1, 1), 5, 5, n=1).requires_grad_()
+
+            def call(x, *values):
+                return torch.func.functional_call(layer, dict(zip(parameters, values)), (x,))
+
+            with self.subTest(layer):
+                values = [p.detach().clone().requires_grad_() for p in parameters.values()]
+                self.assertTrue(torch.autograd.gradcheck(call, (x, *values)))
+
+    def test_dtype_and_device(self):
+        for make in self.LAYERS:
+            self.assertTrue(all(p.is_meta and p.dtype == torch.float64 for p in make(device="meta", dtype=DOUBLE).parameters()))
+            for dtype in (torch.float64, torch.bfloat16, torch.float16):
+                x = features((1, 1, 1), 6, 7).to(dtype)
+                self.assertEqual(make(dtype=dtype)(x).dtype, dtype)
+
+    def test_autocast(self):
+        for make in self.LAYERS[:3]:
+            layer, x = make(), features((1, 1, 1), 6, 8).float()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer(x)
+            self.assertClose(y.float(), layer(x), tolerance=0.1)
+        with torch.autocast("cpu", torch.bfloat16):
+            self.assertEqual(self.LAYERS[0]()(x).dtype, torch.bfloat16)
+
+    def test_channels_last(self):
+        for make in self.LAYERS:
+            layer, x = randomized(make(dtype=DOUBLE)), features((1, 1, 1), 6, 8)
+            self.assertClose(layer(x.contiguous(memory_format=torch.channels_last)), layer(x))
+
+    def test_inputs_and_copies(self):
+        for make in self.LAYERS:
+            layer, x = randomized(make(dtype=DOUBLE)), features((1, 1, 1), 7, 7)
+            before, twin = x.clone(), copy.deepcopy(layer)
+            y = layer(x)
+            self.assertTrue(torch.equal(x, before))
+            self.assertTrue(torch.equal(twin(x), y))
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+            self.assertTrue(torch.equal(twin(x), y))
+            self.assertIn(type(layer).__name__, repr(layer))
+
+    def test_compile_layers(self):
+        for make in self.LAYERS:
+            layer, x = randomized(make(dtype=DOUBLE)), features((1, 1, 1), 7, 7)
+            torch.compiler.reset()
+            with self.subTest(layer):
+                self.assertClose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+    @unittest.skipUnless(shutil.which("c++") or shutil.which("g++"), "torch.compile needs a C++ compiler on the CPU")
+    def test_compile_with_the_default_backend(self):
+        layer = randomized(nn.Sequential(MobiusConv((1, 0, 0), (1, 1, 1), 3), EquivNonlin((1, 1, 1)), MobiusPool((1, 1, 1))))
+        x = torch.randn(2, 1, 8, 8)
+        torch.compiler.reset()
+        self.assertClose(torch.compile(layer, fullgraph=True)(x), layer(x), tolerance=1e-4)
+
+
+# ======================================================================================================
+# models.py
+
+
+class TestModels(Case):
+    PARAMETERS = {
+        "cnn_same_channels": 1_501_162,
+        "cnn_same_params": 832_190,
+        "mobius_scalar": 901_962,
+        "mobius_signflip": 819_962,
+        "mobius_regular": 751_914,
+        "mobius_irrep": 752_162,
+        "mobius_mixed": 752_038,
+    }
+
+    def test_parameter_counts(self):
+        self.assertEqual({name: count_parameters(build_model(name)) for name in MODELS}, self.PARAMETERS)
+
+    def test_script_prints_the_counts(self):
+        printed = subprocess.run([sys.executable, ROOT / "models.py"], capture_output=True, text=True, check=True).stdout
+        for name, count in self.PARAMETERS.items():
+            self.assertRegex(printed, rf"{name} .* {count:,}\b")
+
+    def test_state_dict_of_a_gauge_cnn(self):
+        """Keys and shapes of mobius_mixed, written out from the published layout."""
+        blocks = TestMobiusConv.SHAPES
+        fields = [(1, 0, 0)] + [(n, n, n) for n in (4, 8, 16, 32, 64)] + [(64, 0, 0)]
+        expected = {}
+        for index, (i, o) in zip((0, 2, 5, 7, 10, 12), itertools.pairwise(fields)):
+            i, o = dict(zip(TYPES, i)), dict(zip(TYPES, o))
+            for a, b in itertools.product(TYPES, TYPES):
+                if i[a] and o[b]:
+                    _, columns, rows, k = blocks[f"{a}2{b}"](5)
+                    expected[f"mobius_cnn.{index}.weights_{a}2{b}"] = (o[b], columns // 2 * i[a], rows, k)
+            for b in ("triv", "reg"):
+                if o[b]:
+                    expected[f"mobius_cnn.{index}.bias_{b}"] = (o[b],)
+        expected |= {f"mobius_cnn.{index}.bias_sign": (1, n, 1, 1) for index, n in zip((1, 3, 6, 8, 11), (4, 8, 16, 32, 64))}
+        self.assertEqual(self.shapes("mobius_mixed"), expected | self.classifier())
+
+    def test_state_dict_of_a_cnn(self):
+        for name, channels in (("cnn_same_channels", (1, 16, 32, 64, 128, 256, 64)), ("cnn_same_params", (1, 11, 22, 45, 90, 181, 64))):
+            expected = {}
+            for index, (i, o) in zip((1, 4, 8, 11, 15, 18), itertools.pairwise(channels)):
+                expected |= {f"cnn.{index}.weight": (o, i, 5, 5), f"cnn.{index}.bias": (o,)}
+            self.assertEqual(self.shapes(name), expected | self.classifier())
+
+    @staticmethod
+    def shapes(name):
+        return {key: tuple(value.shape) for key, value in build_model(name).state_dict().items()}
+
+    @staticmethod
+    def classifier():
+        norm = lambda n: {"weight": (n,), "bias": (n,), "running_mean": (n,), "running_var": (n,), "num_batches_tracked": ()}
+        linear = lambda i, o: {"weight": (o, i), "bias": (o,)}
+        layers = {0: norm(64), 3: linear(64, 32), 4: norm(32), 7: linear(32, 10)}
+        return {f"classifier.{index}.{key}": shape for index, layer in layers.items() for key, shape in layer.items()}
+
+    def test_field_types_of_each_mode(self):
+        for mode, base in MODES.items():
+            convs = [m for m in MobiusGaugeCNN(mode=mode).mobius_cnn if isinstance(m, MobiusConv)]
+            expected = [tuple(n * m for m in base) for n in (4, 8, 16, 32, 64)] + [(64, 0, 0)]
+            self.assertEqual([conv.out_fields for conv in convs], expected)
+
+    @staticmethod
+    def logits_of_all_shifts(model, length=28):
+        x = torch.rand(1, 1, 28, length, dtype=DOUBLE)
+        with torch.no_grad():
+            return model(torch.cat([isometry_action(x, shift, (1, 0, 0)) for shift in range(2 * length)]))
+
+    def test_invariance_under_multiples_of_four(self):
+        for mode in MODES:
+            model = randomized_norms(MobiusGaugeCNN(mode=mode, dtype=DOUBLE)).eval()
+            logits = self.logits_of_all_shifts(model)
+            with self.subTest(mode):
+                self.assertClose(logits[::4], logits[:1].expand(14, -1))
+                self.assertNotClose(logits, logits[:1].expand(56, -1))  # the published pooling: every fourth only
+
+    def test_cnns_are_not_invariant(self):
+        for name in ("cnn_same_channels", "cnn_same_params"):
+            logits = self.logits_of_all_shifts(randomized_norms(build_model(name, dtype=DOUBLE)).eval())
+            with self.subTest(name), self.assertRaises(AssertionError):
+                self.assertClose(logits[::4], logits[:1].expand(14, -1))
+
+    def test_moving_the_cut_changes_nothing(self):
+        model = randomized_norms(MobiusGaugeCNN(mode="mixed", dtype=DOUBLE)).eval()
+        x = torch.rand(2, 1, 28, 28, dtype=DOUBLE)
+        for column in range(0, 28, 4):
+            recut = torch.cat([x[..., column:], x[..., :column].flip(2)], dim=3)
+            self.assertClose(model(recut), model(x))
+
+    def test_arguments(self):
+        x = torch.rand(2, 3, 12, 16)
+        for cls, arguments in [(MobiusGaugeCNN, {"mode": "mixed"}), (CNN, {"fix_params": True})]:
+            for k in (1, 3):
+                model = cls(kernel_size=k, ch_in=3, classes=7, **arguments).eval()
+                self.assertEqual(model(x).shape, (2, 7))
+            for bad in ({"ch_in": 0}, {"classes": -1}, {"ch_in": 1.5}, {"kernel_size": 4}):
+                with self.assertRaisesRegex(ValueError, next(iter(bad))):
+                    cls(**bad)
+        with self.assertRaisesRegex(ValueError, "scalar, signflip, regular, irrep, mixed, got 'regulr'"):
+            MobiusGaugeCNN(mode="regulr")
+        with self.assertRaisesRegex(ValueError, f"{', '.join(MODELS)}, got 'resnet'"):
+            build_model("resnet")
+
+    def test_weights_travel(self):
+        for name in MODELS:
+            model, twin = build_model(name).eval(), build_model(name).eval()
+            file = io.BytesIO()
+            torch.save(model.state_dict(), file)
+            file.seek(0)
+            twin.load_state_dict(torch.load(file, weights_only=True))
+            x = torch.rand(2, 1, 28, 28)
+            self.assertTrue(torch.equal(model(x), twin(x)))
+            self.assertTrue(torch.equal(copy.deepcopy(model)(x), model(x)))
+
+    def test_autocast(self):
+        for name in MODELS:
+            model, x = build_model(name).eval(), torch.rand(2, 1, 28, 28)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                logits = model(x)
+            self.assertTrue(logits.isfinite().all())
+            self.assertClose(logits.float(), model(x), tolerance=0.1)
+
+    def test_compile(self):
+        for name in MODELS:
+            model, x = build_model(name).eval(), torch.rand(2, 1, 28, 28)
+            torch.compiler.reset()
+            with self.subTest(name), torch.no_grad():
+                compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+                self.assertClose(compiled(x), model(x), tolerance=1e-4)
+
+    def test_export(self):
+        for name in MODELS:
+            model, x = build_model(name).eval(), torch.rand(5, 1, 28, 28)
+            batch = {"x": {0: torch.export.Dim("batch")}}
+            with self.subTest(name), torch.no_grad():
+                exported = torch.export.export(model, (x[:2],), dynamic_shapes=batch).module()
+                self.assertClose(exported(x), model(x), tolerance=1e-4)
+
+
+def randomized_norms(model: nn.Module) -> nn.Module:
+    """Batch normalisation as after training, and parameters that are not at their special initial values."""
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+if __name__ == "__main__":
+    unittest.main()
