@@ -34,7 +34,7 @@ class Fields(NamedTuple):
     @property
     def channels(self) -> int:
         """Number of channels C = m_triv + m_sign + 2 m_reg."""
-        return sum(m * REPRESENTATIONS[name].dim for name, m in self._asdict().items())
+        return sum(m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, self))
 
 
 class Representation(NamedTuple):
@@ -96,7 +96,7 @@ def check_features(x: Tensor, fields: Fields, ndim: int = 4) -> None:
 def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
     """Views of the channels of each field type that occurs in `fields`, in the order of the channels."""
     blocks, start = {}, 0
-    for name, m in fields._asdict().items():
+    for name, m in zip(REPRESENTATIONS, fields):
         if m:
             width = m * REPRESENTATIONS[name].dim
             blocks[name] = x.narrow(1, start, width)

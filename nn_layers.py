@@ -157,10 +157,10 @@ class MobiusConv(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self._blocks = {}  # output type -> input types, in the order of the channels
-        for out_type, o in self.out_fields._asdict().items():
+        for out_type, o in zip(REPRESENTATIONS, self.out_fields):
             if not o:
                 continue
-            self._blocks[out_type] = [name for name, i in self.in_fields._asdict().items() if i]
+            self._blocks[out_type] = [name for name, i in zip(REPRESENTATIONS, self.in_fields) if i]
             for in_type in self._blocks[out_type]:
                 block = STEERABLE_BLOCKS[in_type, out_type]
                 i = getattr(self.in_fields, in_type)

@@ -91,10 +91,11 @@ class Config:
             require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         require("num_epochs", self.num_epochs >= 1, "at least 1")
         require("batch_size", self.batch_size >= 2, "at least 2 (batch normalisation needs two)")
-        require("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
-        require("lr", 0 < self.lr < math.inf, "a positive number")
+        # Far beyond use, and early enough to keep Adam's step a float.
+        require("weight_decay", 0 <= self.weight_decay < 1e30, "a number of at least 0 and below 1e30")
+        require("lr", 0 < self.lr < 1e30, "a positive number below 1e30")
         require("lr_decay_period", self.lr_decay_period >= 0, "at least 0 (0: never)")
-        require("lr_decay_factor", 0 < self.lr_decay_factor < math.inf, "a positive number")
+        require("lr_decay_factor", 1 <= self.lr_decay_factor < math.inf, "a number of at least 1")
         require("eval_freq", self.eval_freq >= 0, "at least 0 (0: only at the end)")
         require("seed", 0 <= self.seed < 2**63, "0 … 2**63 - 1")
 
@@ -125,8 +126,9 @@ def find_data(config: Config) -> Path:
 
 def describe_environment(device: torch.device) -> dict:
     """Versions and hardware that a result depends on."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy", "scikit-learn"):
+    # torch's own word has its build, +cpu or +cu130, which the installed package's name may lack.
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("torchvision", "numpy", "scikit-learn"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -282,13 +284,14 @@ class Run:
                         loss, error = evaluate(self.model, test_set, config.precision)
                         record[f"test_loss_{version}"], record[f"test_error_{version}"] = loss, error
                 record["seconds"] = time.perf_counter() - epoch_start
-                self._report(record)
                 result["epochs"].append(record)
                 result["seconds"] = time.perf_counter() - start
                 if epoch == config.num_epochs:
                     result["status"] = "finished"
                     result["test_error"] = {version: record[f"test_error_{version}"] for version in self.test_sets}
+                # Saved before it is told: an epoch that was seen on the terminal is in the files.
                 folder.save(result, self.model)
+                self._report(record)
             folder.hyperparameters(config, result["test_error"])
             folder.say(f"test error: {self._format_errors(record)}  ({result['seconds']:.0f} s, {folder.path})")
         except KeyboardInterrupt:

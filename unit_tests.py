@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 import unittest
-import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -423,14 +422,14 @@ class TestEquivNonlin(Case):
         for fields in FIELDS:
             triv, sign, reg = fields
             layer = randomized(EquivNonlin(fields, dtype=DOUBLE))
-            x = features(fields, 4, 5)
+            x = features(fields, 4, 5).numpy()
             elu = np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
             if sign:
-                values = x[:, triv:triv + sign].numpy()
+                values = x[:, triv:triv + sign]
                 shifted = np.abs(values) + layer.bias_sign.detach().numpy()
                 elu[:, triv:triv + sign] = np.sign(values) * np.where(shifted > 0, shifted, np.expm1(np.minimum(shifted, 0)))
             with self.subTest(fields):
-                self.assertClose(layer(x), torch.from_numpy(elu))
+                self.assertClose(layer(torch.from_numpy(x)), torch.from_numpy(elu))
 
     def test_zeros_and_extremes(self):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -753,5 +752,531 @@ def randomized_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+# ======================================================================================================
+# Data and training. Everything is written below temporary folders.
+
+
+class FilesCase(Case):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def assertFails(self, main, *arguments, contains=(), status=2):
+        """`main` exits with `status` and one line on stderr that has all of `contains`; returns the line."""
+        stderr = io.StringIO()
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+            with self.assertRaises(SystemExit) as exit:
+                main([str(argument) for argument in arguments])
+        printed = stderr.getvalue() or str(exit.exception.code)
+        self.assertEqual(exit.exception.code if stderr.getvalue() else 1, status, printed)
+        self.assertEqual(len(printed.strip().splitlines()), 1, printed)
+        for text in [contains] if isinstance(contains, str) else contains:
+            self.assertIn(text, printed)
+        return printed
+
+    def files(self):
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """MNIST's own format: magic number, shape, bytes."""
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def write_fake_mnist(folder: Path) -> dict[str, np.ndarray]:
+    """As many digits as MNIST has, each of a few random pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 60_000), ("t10k", 10_000)):
+        images = np.zeros((n, 28, 28), np.uint8)
+        images[np.arange(n), random.integers(28, size=n), random.integers(28, size=n)] = random.integers(1, 256, size=n)
+        arrays |= {f"{split}-images-idx3-ubyte": images, f"{split}-labels-idx1-ubyte": random.integers(10, size=n)}
+    for name, array in arrays.items():
+        write_idx(folder / name, array)
+    return arrays
+
+
+class TestConvertMNIST(FilesCase):
+    def convert(self, name="digits.npz", **options):
+        path = convert_mnist.convert("digits", self.folder / name, **options)
+        with np.load(path, allow_pickle=False) as npz:
+            return dict(npz)
+
+    def test_digits(self):
+        data = self.convert()
+        for split, n in (("train", 1297), ("test", 500)):
+            for version in ("shifted", "centered"):
+                images = data[f"{split}_data_{version}"]
+                self.assertEqual((images.shape, images.dtype), ((n, 1, 28, 28), np.float32))
+                self.assertTrue(images.min() >= 0 and 0.9 < images.max() <= 1)
+            self.assertEqual(set(data[f"{split}_labels"].tolist()), set(range(10)))
+            self.assertEqual(data[f"{split}_labels"].shape, (n,))
+        box = data["train_data_centered"][:, :, 4:24, 4:24]
+        self.assertEqual(box.sum(), data["train_data_centered"].sum())
+        self.assertEqual(len(data), 8)
+
+    def test_centered_digits_are_the_source(self):
+        from sklearn.datasets import load_digits
+        images, labels = load_digits(return_X_y=True)
+        data = self.convert()
+        centered = torch.from_numpy(np.concatenate([data["train_data_centered"], data["test_data_centered"]]))
+        # Bilinear upscaling keeps a digit's mean, near enough, and its coarse shape.
+        coarse = F.interpolate(centered[:, :, 4:24, 4:24], size=(8, 8), mode="area").flatten(1).double()
+        expected = torch.from_numpy(images) / 16
+        correlation = torch.corrcoef(torch.cat([coarse.flatten()[None], expected.flatten()[None]]))[0, 1]
+        self.assertGreater(correlation, 0.95)
+        self.assertTrue(np.array_equal(np.concatenate([data["train_labels"], data["test_labels"]]), labels))
+
+    def test_shifted_digits_follow_from_the_stored_shifts(self):
+        data = self.convert()
+        for split in ("train", "test"):
+            shifts = data[f"{split}_shifts"]
+            self.assertEqual((shifts.min(), shifts.max()), (0, 55))
+            centered = data[f"{split}_data_centered"]
+            cover = np.concatenate([centered, centered[:, :, ::-1]], axis=3)
+            expected = np.stack([np.roll(digit, t, axis=2)[:, :, :28] for digit, t in zip(cover, shifts)])
+            self.assertTrue(np.array_equal(data[f"{split}_data_shifted"], expected))
+        counts = np.bincount(data["train_shifts"], minlength=56)
+        self.assertLess(((counts - 1297 / 56) ** 2 / (1297 / 56)).sum(), 99)  # chi-squared with 55 degrees, p = 0.0002
+
+    def test_same_options_same_bytes(self):
+        first = convert_mnist.convert("digits", self.folder / "a.npz", seed=3).read_bytes()
+        self.assertEqual(first, convert_mnist.convert("digits", self.folder / "b.npz", seed=3).read_bytes())
+        a, b = self.convert(seed=3), self.convert(seed=4)
+        self.assertFalse(np.array_equal(a["train_shifts"], b["train_shifts"]))
+        self.assertTrue(np.array_equal(a["train_data_centered"], b["train_data_centered"]))
+
+    def test_train_size(self):
+        few, many = self.convert(train_size=10), self.convert()
+        for key in few:
+            expected = many[key][:10] if key.startswith("train") else many[key]
+            self.assertTrue(np.array_equal(few[key], expected), key)
+        for bad in (0, -1, 1298):
+            with self.assertRaisesRegex(ValueError, f"1 … 1297 for digits, got {bad}"):
+                self.convert(train_size=bad)
+
+    def test_mnist_from_a_folder(self):
+        arrays = write_fake_mnist(self.folder / "MNIST" / "raw")
+        for root in (self.folder, self.folder / "MNIST" / "raw"):  # torchvision's root, or the files by themselves
+            path = convert_mnist.convert("mnist", self.folder / "mnist.npz", mnist_root=root, train_size=50)
+            with np.load(path, allow_pickle=False) as npz:
+                for split, n in (("train", 50), ("t10k", 10_000)):
+                    name = split.replace("t10k", "test")
+                    images = arrays[f"{split}-images-idx3-ubyte"][:n, None] / np.float32(255)
+                    self.assertTrue(np.array_equal(npz[f"{name}_data_centered"], images))
+                    self.assertTrue(np.array_equal(npz[f"{name}_labels"], arrays[f"{split}-labels-idx1-ubyte"][:n]))
+        for bad in (0, 60_001):
+            self.assertFails(convert_mnist.main, "--train_size", bad, contains=["train_size", "1 … 60000", str(bad)])
+
+    def test_mnist_that_is_not_there(self):
+        line = self.assertFails(convert_mnist.main, "--mnist_root", self.folder, contains=[str(self.folder), "--mnist_root"])
+        for name in convert_mnist.MNIST_FILES:
+            self.assertIn(name, line)
+
+    def test_mnist_that_is_something_else(self):
+        write_fake_mnist(self.folder)
+        images, labels = (self.folder / name for name in convert_mnist.MNIST_FILES[:2])
+        whole = {path: path.read_bytes() for path in (images, labels)}
+        small = self.folder / "small"
+        write_idx(small, np.zeros((100, 28, 28)))
+        high = self.folder / "high"
+        write_idx(high, np.full(60_000, 10))
+        for path, content in [(images, whole[images][:1_000_000]), (labels, whole[labels][:100]), (images, b""), (images, b"no digits" * 9),
+                              (images, small.read_bytes()), (labels, high.read_bytes()), (images, gzip.compress(b"digits")), (labels, whole[images])]:
+            path.write_bytes(content)
+            with self.subTest(path=path.name, content=content[:20]):
+                self.assertFails(convert_mnist.main, "--mnist_root", self.folder, "--out", self.folder / "out.npz",
+                                 contains=[path.name, str(self.folder), "truncated or not MNIST"])
+                self.assertFalse((self.folder / "out.npz").exists())
+            path.write_bytes(whole[path])
+
+    def test_no_network(self):
+        with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder), \
+                mock.patch("socket.getaddrinfo", side_effect=OSError("no network")):
+            for main, arguments in ((convert_mnist.main, []), (train.main, ["--model", "mobius_regular"])):
+                line = self.assertFails(main, *arguments, contains=["--mnist_root", "--dataset digits"])
+                for name in convert_mnist.MNIST_FILES:
+                    self.assertIn(name, line)
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_download(self):
+        """What torchvision downloads is in place once it is complete, and not downloaded again."""
+        calls = []
+
+        class Downloader:
+            def __init__(self, root, download):
+                calls.append(root)
+                write_fake_mnist(Path(root) / "MNIST" / "raw")
+
+        real = convert_mnist._torchvision_mnist()
+        with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder):
+            with mock.patch.object(convert_mnist, "_torchvision_mnist", side_effect=[Downloader, real]):
+                train_set, test_set = convert_mnist.load_mnist()
+            self.assertEqual((len(train_set.labels), len(test_set.labels)), (60_000, 10_000))
+            convert_mnist.load_mnist()
+        self.assertEqual(len(calls), 1)
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["MNIST"])
+
+    def test_interrupted(self):
+        path = convert_mnist.convert("digits", self.folder / "digits.npz")
+        before = self.files()
+
+        def half(file, **arrays):
+            file.write(b"half an npz")
+            raise KeyboardInterrupt
+
+        with mock.patch("numpy.savez_compressed", half), self.assertRaises(KeyboardInterrupt):
+            convert_mnist.convert("digits", path, seed=1)
+        self.assertEqual(self.files(), before)
+
+    def test_killed(self):
+        path = convert_mnist.convert("digits", self.folder / "digits.npz")
+        before = path.read_bytes()
+        process = subprocess.Popen([sys.executable, ROOT / "convert_mnist.py", "--source", "digits", "--seed", "1", "--out", path])
+        while process.poll() is None and not list(self.folder.glob(".*.tmp")):
+            time.sleep(0.01)
+        process.kill()
+        self.assertEqual(process.wait(), -signal.SIGKILL)  # it was writing
+        self.assertEqual(path.read_bytes(), before)
+
+    def test_unwritable(self):
+        (self.folder / "file").write_text("")
+        self.assertFails(convert_mnist.main, "--source", "digits", "--out", self.folder / "file" / "out.npz", contains=["cannot write", "out.npz"])
+
+    def test_bad_options(self):
+        self.assertFails(convert_mnist.main, "--source", "cifar", contains=["cifar", "mnist", "digits"])
+        self.assertFails(convert_mnist.main, "--source", "digits", "--seed", "-1", contains=["seed", "-1"])
+        self.assertFails(convert_mnist.main, "--train_size", "many", contains=["--train_size", "many"])
+        self.assertFails(convert_mnist.main, "--trainsize", "3", contains="--trainsize")
+
+
+def write_npz(path: Path, n_train: int = 64, n_test: int = 32, **changes) -> Path:
+    """A small set of real digits; `changes` replace arrays, None leaves one out."""
+    if not hasattr(write_npz, "arrays"):
+        with tempfile.TemporaryDirectory() as folder:
+            with np.load(convert_mnist.convert("digits", Path(folder) / "digits.npz")) as npz:
+                write_npz.arrays = dict(npz)
+    sizes = {"train": n_train, "test": n_test}
+    arrays = {key: array[:sizes[key.split("_")[0]]] for key, array in write_npz.arrays.items()} | changes
+    np.savez(path, **{key: array for key, array in arrays.items() if array is not None})
+    return path
+
+
+class TestDataLoader(FilesCase):
+    def test_load_dataset(self):
+        path = write_npz(self.folder / "digits.npz")
+        with np.load(path) as npz:
+            for name, split in data_loader.load_dataset(path).items():
+                kind, version = name.split("_")
+                self.assertTrue(np.array_equal(split.images, npz[f"{kind}_data_{version}"]))
+                self.assertTrue(np.array_equal(split.labels, npz[f"{kind}_labels"]))
+                self.assertEqual((split.images.dtype, split.labels.dtype), (torch.float32, torch.int64))
+
+    def test_published_layout(self):
+        """float64, labels of any number type, no shifts."""
+        path = write_npz(self.folder / "digits.npz")
+        changes = {"train_shifts": None, "test_shifts": None}
+        for key, array in write_npz.arrays.items():
+            n = 64 if key.startswith("train") else 32
+            if key.endswith("labels"):
+                changes[key] = array[:n].astype(np.float64)
+            elif "data" in key:
+                changes[key] = array[:n].astype(np.float64)
+        published = write_npz(self.folder / "published.npz", **changes)
+        ours, theirs = data_loader.load_dataset(path), data_loader.load_dataset(published)
+        for name in ours:
+            self.assertTrue(torch.equal(ours[name].images, theirs[name].images))
+            self.assertTrue(torch.equal(ours[name].labels, theirs[name].labels))
+
+    def test_bad_files(self):
+        good = write_npz(self.folder / "good.npz")
+        with np.load(good) as npz:
+            images, labels = npz["train_data_shifted"].copy(), npz["test_labels"].copy()
+        images[3, 0, 5, 5] = 1.5
+        negative, missing = -images, np.where(images > 1, np.nan, images)
+        labels[7] = 10
+        path = self.folder / "bad.npz"
+        content = good.read_bytes()
+
+        def run():
+            return self.assertFails(train.main, "--model", "mobius_regular", "--data", path, "--log_dir", self.folder / "logs",
+                                    contains=[str(path)])
+
+        self.assertIn("No such file", run())
+        for raw in (b"", b"text", content[:len(content) // 2], content[:-10], content[:5000] + bytes(100) + content[5100:]):
+            path.write_bytes(raw)
+            with self.subTest(len(raw)):
+                self.assertIn("convert_mnist.py", run())
+        for key in data_loader.KEYS:
+            write_npz(path, **{key: None})
+            self.assertIn(f"no {key}", run())
+        for change, message in [
+            ({"train_data_shifted": images}, "train_data_shifted has values outside [0, 1]"),
+            ({"train_data_shifted": negative}, "train_data_shifted has values outside [0, 1]"),
+            ({"train_data_shifted": missing}, "train_data_shifted has values outside [0, 1]"),
+            ({"train_data_centered": images[:, 0]}, "train_data_centered has shape"),
+            ({"test_data_centered": np.zeros((32, 1, 32, 32), np.float32)}, "test_data_centered has shape"),
+            ({"test_data_centered": np.zeros((31, 1, 28, 28), np.float32)}, "test_data_centered has shape"),
+            ({"test_data_centered": np.zeros((32, 1, 28, 28), np.uint8)}, "test_data_centered has dtype"),
+            ({"test_labels": labels}, "test_labels has labels outside 0 … 9"),
+            ({"test_labels": labels - 11}, "test_labels has labels outside 0 … 9"),
+            ({"test_labels": labels + 0.5}, "test_labels has labels outside 0 … 9"),
+            ({"test_labels": labels[:, None]}, "test_labels has shape"),
+            ({"train_labels": np.array([{}] * 64)}, "allow_pickle"),
+        ]:
+            write_npz(path, **change)
+            with self.subTest(message):
+                self.assertIn(message, run())
+        np.save(self.folder / "array.npy", images)
+        os.replace(self.folder / "array.npy", path)
+        run()
+        path.unlink()
+        path.mkdir()
+        run()
+        self.assertFalse((self.folder / "logs").exists())
+
+    def test_batches(self):
+        split = convert_mnist.Split(torch.arange(10).float().reshape(10, 1, 1, 1), torch.arange(10))
+        in_order = list(data_loader.batches(split, 4))
+        self.assertEqual([batch.labels.tolist() for batch in in_order], [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]])
+        generator = torch.Generator().manual_seed(0)
+        epochs = [[batch.labels.tolist() for batch in data_loader.batches(split, 4, generator)] for _ in range(2)]
+        self.assertNotEqual(epochs[0], epochs[1])
+        for epoch in epochs:
+            self.assertEqual([len(batch) for batch in epoch], [4, 4])  # the last, partial one is dropped
+            self.assertEqual(len(set(sum(epoch, []))), 8)
+        for batch in data_loader.batches(split, 4, generator):
+            self.assertTrue(torch.equal(batch.images.flatten().long(), batch.labels))
+
+
+class TestTrain(FilesCase):
+    def setUp(self):
+        super().setUp()
+        self.data = write_npz(self.folder / "digits.npz")
+
+    def config(self, **options):
+        options = {"model": "mobius_regular", "num_epochs": 2, "batch_size": 16, "data": str(self.data), "device": "cpu",
+                   "log_dir": str(self.folder / "logs"), "tensorboard": False} | options
+        return train.Config(**options)
+
+    def train(self, **options):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            run = train.Run(self.config(**options))
+            result = run.train()
+        return result, run.folder.path, printed.getvalue()
+
+    def options(self, *more):
+        return ["--model", "mobius_regular", "--data", self.data, "--log_dir", self.folder / "logs", "--num_epochs", "2",
+                "--batch_size", "16", "--device", "cpu", "--no-tensorboard", *more]
+
+    def test_defaults_are_the_protocol(self):
+        config, _ = train.parse_options(["--model", "mobius_regular"])
+        self.assertEqual(config, train.Config("mobius_regular"))
+        self.assertEqual(vars(config), vars(config) | {
+            "train_mode": "centered", "test_mode": "both", "num_epochs": 20, "batch_size": 128, "weight_decay": 1e-6, "lr": 5e-3,
+            "lr_decay_period": 4, "lr_decay_factor": 2, "eval_freq": 1, "dataset": "mnist", "device": "auto", "precision": "fp32",
+        })
+
+    def test_learns(self):
+        for model in ("mobius_mixed", "cnn_same_channels"):
+            result, _, _ = self.train(model=model, num_epochs=3)
+            losses = [record["train_loss"] for record in result["epochs"]]
+            self.assertLess(losses[-1], losses[0] - 0.1, model)
+
+    def test_result_file(self):
+        result, folder, printed = self.train(tensorboard=True, seed=5)
+        stored = json.loads((folder / "result.json").read_text())
+        self.assertEqual(stored, result)
+        self.assertEqual(stored["status"], "finished")
+        self.assertEqual(stored["config"] | {"seed": 5, "model": "mobius_regular", "batch_size": 16, "lr": 0.005}, stored["config"])
+        self.assertEqual(stored["parameters"], 751_914)
+        self.assertEqual((stored["data"]["train_digits"], stored["data"]["test_digits"]), (64, 32))
+        self.assertEqual(stored["environment"]["versions"]["torch"], torch.__version__)
+        self.assertEqual([record["epoch"] for record in stored["epochs"]], [1, 2])
+        keys = {"epoch", "lr", "train_loss", "train_error", "seconds", "test_loss_shifted", "test_error_shifted",
+                "test_loss_centered", "test_error_centered"}
+        self.assertEqual(set(stored["epochs"][0]), keys)
+        last = stored["epochs"][-1]
+        self.assertEqual(stored["test_error"], {"shifted": last["test_error_shifted"], "centered": last["test_error_centered"]})
+        # The log is what was printed: a line for the run, one for each epoch, and the final errors.
+        self.assertEqual((folder / "log.txt").read_text(), printed)
+        lines = printed.splitlines()
+        self.assertEqual(len(lines), 4)
+        for version, error in stored["test_error"].items():
+            self.assertIn(f"{version} {error:.2f} %", lines[-1])
+        self.assertRegex(lines[1], r"epoch  1/2 .*loss \d.*train error .*test error shifted .*, centered .* s$")
+        self.assertRegex(folder.name, r"^[\w.-]+$")
+        # The final error is that of the saved weights.
+        model = build_model("mobius_regular")
+        model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+        _, error = train.evaluate(model, data_loader.load_dataset(self.data)["test_shifted"])
+        self.assertEqual(error, stored["test_error"]["shifted"])
+
+    def test_tensorboard(self):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        result, folder, _ = self.train(tensorboard=True)
+        events = EventAccumulator(str(folder)).Reload()
+        expected = {"loss/train": "train_loss", "error/train": "train_error", "lr": "lr"}
+        for version in ("shifted", "centered"):
+            expected |= {f"loss/test_{version}": f"test_loss_{version}", f"error/test_{version}": f"test_error_{version}"}
+        for tag, key in expected.items():
+            for event, record in zip(events.Scalars(tag), result["epochs"], strict=True):
+                self.assertAlmostEqual(event.value, record[key], places=3)
+        self.assertIn("_hparams_/experiment", events.summary_metadata)
+        for version, error in result["test_error"].items():
+            self.assertAlmostEqual(events.Scalars(f"final_error/{version}")[0].value, error, places=3)
+
+    def test_seeds_repeat(self):
+        def numbers(**options):
+            result, folder, _ = self.train(**options)
+            weights = torch.load(folder / "weights.pt", weights_only=True)
+            return [{k: v for k, v in record.items() if k != "seconds"} for record in result["epochs"]], weights
+
+        (first, weights), (again, same_weights), (other, _) = numbers(seed=1), numbers(seed=1), numbers(seed=2)
+        self.assertEqual(first, again)
+        self.assertTrue(all(torch.equal(weights[key], same_weights[key]) for key in weights))
+        self.assertNotEqual(first, other)
+
+    def test_learning_rate(self):
+        def rates(**options):
+            return [record["lr"] for record in self.train(num_epochs=4, eval_freq=0, **options)[0]["epochs"]]
+
+        self.assertEqual(rates(lr=0.008, lr_decay_period=1), [0.008, 0.004, 0.002, 0.001])
+        self.assertEqual(rates(lr=0.01, lr_decay_period=2, lr_decay_factor=10), [0.01, 0.01, 0.001, 0.001])
+        self.assertEqual(rates(lr_decay_period=0), [0.005] * 4)
+
+    def test_evaluation(self):
+        result, _, _ = self.train(num_epochs=3, eval_freq=2, test_mode="centered")
+        self.assertEqual(["test_error_centered" in record for record in result["epochs"]], [False, True, True])
+        self.assertEqual(set(result["test_error"]), {"centered"})
+        result, _, _ = self.train(eval_freq=0, train_mode="shifted")
+        self.assertEqual(["test_error_shifted" in record for record in result["epochs"]], [False, True])
+
+        class Oracle(nn.Module):  # knows all labels but the first three
+            def forward(self, images):
+                return F.one_hot(images[:, 0, 0, 0].long(), 10).float()
+
+        labels = torch.arange(1234) % 10
+        images = torch.where(torch.arange(1234) < 3, (labels + 1) % 10, labels).float().reshape(-1, 1, 1, 1)
+        loss, error = train.evaluate(Oracle(), convert_mnist.Split(images, labels))
+        self.assertAlmostEqual(error, 100 * 3 / 1234)
+        right, wrong = math.log(math.e + 9) - 1, math.log(math.e + 9)
+        self.assertAlmostEqual(loss, (1231 * right + 3 * wrong) / 1234, places=5)
+
+    def test_bf16(self):
+        result, folder, _ = self.train(precision="bf16", num_epochs=3)
+        losses = [record["train_loss"] for record in result["epochs"]]
+        self.assertLess(losses[-1], losses[0])
+        weights = torch.load(folder / "weights.pt", weights_only=True)
+        self.assertTrue(all(v.dtype == torch.float32 for v in weights.values() if v.is_floating_point()))
+
+    def test_data_are_made_where_they_are_missing(self):
+        with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder / "data"):
+            with contextlib.redirect_stdout(io.StringIO()):
+                run = train.Run(self.config(data=None, dataset="digits"))
+                run.folder.close()
+            path = self.folder / "data" / "mobius_digits.npz"
+            self.assertTrue(path.exists())
+            self.assertEqual(len(run.training_set.labels), 1297)
+            before = path.stat().st_mtime_ns
+            train.Run(self.config(data=None, dataset="digits")).folder.close()
+            self.assertEqual(path.stat().st_mtime_ns, before)
+
+    def test_loss_that_is_not_finite(self):
+        config = self.config()
+        run = train.Run(config)
+        with torch.no_grad():
+            run.model.classifier[7].bias[0] = math.inf
+        with contextlib.redirect_stdout(io.StringIO()), self.assertRaisesRegex(FloatingPointError, "nan at step 1 of 4 in epoch 1"):
+            run.train()
+        stored = json.loads((run.folder.path / "result.json").read_text())
+        self.assertEqual(stored["status"], "diverged")
+        self.assertIn("step 1 of 4", stored["reason"])
+        self.assertFails(train.main, *self.options("--lr", "1e20"), contains=["the loss is", "step", "--lr"], status=1)
+
+    def test_ctrl_c(self):
+        command = [sys.executable, ROOT / "train.py", *self.options("--num_epochs", "1000")]
+        with subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith("epoch  2/"):
+                    process.send_signal(signal.SIGINT)
+                    break
+            _, stderr = process.communicate()
+        self.assertEqual((process.returncode, stderr), (130, ""))
+        folder, = (self.folder / "logs").iterdir()
+        stored = json.loads((folder / "result.json").read_text())
+        self.assertEqual(stored["status"], "interrupted")
+        self.assertGreaterEqual(len(stored["epochs"]), 2)
+        self.assertIn("interrupted after", (folder / "log.txt").read_text())
+        build_model("mobius_regular").load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+
+    def test_bad_options(self):
+        for options, contains in [
+            (["--batch_size", "65"], ["batch_size", "64 training digits", "65"]),
+            (["--batch_size", "0"], ["batch_size", "at least 2", "0"]),
+            (["--batch_size", "-128"], ["batch_size", "-128"]),
+            (["--batch_size", "1"], ["batch_size", "at least 2"]),
+            (["--batch_size", "2.5"], ["--batch_size", "2.5"]),
+            (["--lr", "0"], ["lr", "positive", "0"]),
+            (["--lr", "nan"], ["lr", "positive", "nan"]),
+            (["--lr", "inf"], ["lr", "inf"]),
+            (["--lr", "-1"], ["lr", "-1"]),
+            (["--weight_decay", "-1"], ["weight_decay"]),
+            (["--weight_decay", "nan"], ["weight_decay"]),
+            (["--num_epochs", "0"], ["num_epochs", "at least 1"]),
+            (["--lr_decay_period", "-1"], ["lr_decay_period"]),
+            (["--lr_decay_factor", "0.5"], ["lr_decay_factor", "at least 1"]),
+            (["--eval_freq", "-1"], ["eval_freq"]),
+            (["--seed", "-1"], ["seed", "-1"]),
+            (["--model", "resnet"], ["resnet", *MODELS]),
+            (["--train_mode", "rotated"], ["rotated", "centered", "shifted"]),
+            (["--precision", "fp8"], ["fp8", "fp32", "bf16"]),
+            (["--frequency", "1"], ["--frequency"]),
+        ]:
+            with self.subTest(options):
+                self.assertFails(train.main, *self.options(*options), contains=contains)
+        self.assertFails(train.main, contains="--model")
+        with self.assertRaisesRegex(ValueError, "model must be one of"):
+            train.Config("resnet")
+        with mock.patch("torch.cuda.is_available", return_value=False):
+            self.assertFails(train.main, *self.options("--device", "cuda"), contains=["--device cuda", "--device cpu"])
+            self.assertEqual(train.select_device("auto").type, "cpu")
+        with mock.patch("torch.cuda.is_available", return_value=True):
+            self.assertEqual(train.select_device("auto").type, "cuda")
+        self.assertFalse((self.folder / "logs").exists())
+
+    def test_unwritable_log_dir(self):
+        (self.folder / "file").write_text("kept")
+        self.assertFails(train.main, *self.options("--log_dir", self.folder / "file"), contains=["--log_dir", str(self.folder / "file")])
+        self.assertFails(train.main, *self.options("--log_dir", self.folder / "file" / "logs"), contains=["--log_dir"])
+        self.assertEqual((self.folder / "file").read_text(), "kept")
+
+    def test_runs_of_the_same_second_do_not_mix(self):
+        with mock.patch("time.strftime", return_value="20260101-000000"):
+            folders = [train.RunFolder(self.config()) for _ in range(3)]
+        for folder in folders:
+            folder.close()
+        self.assertEqual(len({folder.path for folder in folders}), 3)
+
+    def test_help_writes_nothing(self):
+        for script in ("train.py", "convert_mnist.py"):
+            process = subprocess.run([sys.executable, ROOT / script, "-h"], cwd=self.folder, capture_output=True, text=True, check=True)
+            self.assertIn("--seed", process.stdout)
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["digits.npz"])
+
+
+def main() -> None:
+    """Run the tests and close with a line that counts them."""
+    program = unittest.main(exit=False, warnings="ignore")  # PyTorch's about itself
+    result = program.result
+    failed = len({getattr(test, "test_case", test) for test, _ in result.failures + result.errors})
+    skipped = len(result.skipped)
+    print(f"{result.testsRun - failed - skipped} passed, {failed} failed, {skipped} skipped")
+    sys.exit(not result.wasSuccessful())
+
+
 if __name__ == "__main__":
-    unittest.main()
+    main()
