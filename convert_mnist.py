@@ -10,7 +10,8 @@ A digit is a scalar field on a strip of 28 x 28 pixels with values in [0, 1]. Ev
 
 The file holds, for train and test: ``{train,test}_data_centered`` and ``{train,test}_data_shifted``,
 float32 of shape ``(n, 1, 28, 28)``; ``{train,test}_labels`` and ``{train,test}_shifts``, int64 of shape
-``(n,)``. The same options give the same file, byte for byte, with the same NumPy.
+``(n,)``. The same options give the same file, byte for byte, with the same NumPy and zlib;
+with others the same shifts and the same MNIST images.
 
 Source: arXiv:2106.06020, Section 5.
 """
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fields import isometry_action
+from fields import as_integer, isometry_action
 
 WIDTH = LENGTH = 28
 SCALAR = (1, 0, 0)
@@ -70,12 +71,15 @@ class CommandLine(argparse.ArgumentParser):
 def write_atomically(path):
     """Open a temporary binary file beside `path` that takes its place once it is complete.
 
-    Whatever interrupts the writing, `path` is as it was before.
+    Whatever interrupts the writing, `path` is as it was before. A symbolic link stays one.
 
     Raises:
+        ValueError: if `path` is there and not a file.
         OSError: naming `path`, if it cannot be written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"cannot write {path}: it is there and not a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +107,11 @@ def _torchvision_mnist() -> type:
     """
     try:
         from torchvision.datasets import MNIST
-    except RuntimeError:
+    except ImportError as error:
+        raise ValueError(f"MNIST is read with torchvision, which cannot be imported ({error})") from error
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
         with mock.patch("torch.library.register_fake", lambda name: lambda function: function):
             from torchvision.datasets import MNIST
     return MNIST
@@ -114,7 +122,7 @@ def _has_mnist(folder: Path) -> bool:
 
 
 def _download_mnist(root: Path) -> None:
-    """Download MNIST to ``root/MNIST/raw``, which appears once it is complete."""
+    """Download MNIST's files to ``root/MNIST/raw``, where they appear once all are complete."""
     root.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as temporary:
@@ -122,15 +130,18 @@ def _download_mnist(root: Path) -> None:
             socket.setdefaulttimeout(30)  # a silent network should not hang the command for minutes
             with contextlib.redirect_stdout(io.StringIO()):  # "Failed to download (trying next)"
                 _torchvision_mnist()(temporary, download=True)
-        except Exception as error:
+        except Exception as error:  # whatever a network can do
             raise ValueError(
                 f"could not download MNIST ({str(error).split(':')[0]}): give --mnist_root a folder with "
-                f"{', '.join(MNIST_FILES)}, or take --dataset digits (convert_mnist.py: --source digits), "
-                "which needs no network"
+                f"{', '.join(MNIST_FILES)}, or take scikit-learn's digits, which need no network "
+                "(train.py --dataset digits, convert_mnist.py --source digits)"
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)
-        os.replace(Path(temporary) / "MNIST", root / "MNIST")
+        folder = root / "MNIST" / "raw"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in MNIST_FILES:
+            os.replace(Path(temporary) / "MNIST" / "raw" / name, folder / name)
 
 
 def load_mnist(root=None) -> tuple[Split, Split]:
@@ -146,6 +157,7 @@ def load_mnist(root=None) -> tuple[Split, Split]:
     if root is None:
         folder = DATA_FOLDER / "MNIST" / "raw"
         if not _has_mnist(folder):
+            _torchvision_mnist()  # not installed is another fault than no network
             _download_mnist(DATA_FOLDER)
     else:
         folders = [Path(root) / "MNIST" / "raw", Path(root)]
@@ -178,14 +190,11 @@ def load_mnist(root=None) -> tuple[Split, Split]:
     return splits[0], splits[1]
 
 
-def load_digits(root=None) -> tuple[Split, Split]:
+def load_digits() -> tuple[Split, Split]:
     """scikit-learn's bundled handwritten digits: 1,297 for training and 500 for the test.
 
     The 8 x 8 images are scaled into the 20 x 20 box in the middle of 28 x 28 that MNIST's digits fill. The
-    test digits are the last ones of the file, mostly by other writers than the first.
-
-    Args:
-        root: not used; there is nothing to look for.
+    test digits are the last ones of the file.
 
     Source: E. Alpaydin, C. Kaynak, *Optical Recognition of Handwritten Digits* (UCI, 1998), its test half.
     """
@@ -248,17 +257,20 @@ def convert(source: str = "mnist", path=None, *, mnist_root=None, train_size: in
         ValueError: for an argument that is not allowed, or digits that cannot be had.
         OSError: if the npz cannot be written.
     """
-    if source not in SOURCES:
+    if source not in list(SOURCES):
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
     load, _, default_size, largest_size = SOURCES[source]
     path = Path(path) if path is not None else SOURCES[source].path
-    train_size = default_size if train_size is None else train_size
+    train_size = default_size if train_size is None else as_integer(train_size, "train_size")
+    seed = as_integer(seed, "seed")
+    if mnist_root is not None and source != "mnist":
+        raise ValueError(f"mnist_root is for mnist, got {mnist_root!r} for {source}")
     if not 1 <= train_size <= largest_size:
         raise ValueError(f"train_size must be 1 … {largest_size} for {source}, got {train_size}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be 0 … 2**32 - 1, got {seed}")
 
-    train, test = load(mnist_root)
+    train, test = load(mnist_root) if source == "mnist" else load()
     arrays = {}
     for stream, (name, images, labels) in enumerate([
         ("train", train.images[:train_size], train.labels[:train_size]),
@@ -276,23 +288,28 @@ def convert(source: str = "mnist", path=None, *, mnist_root=None, train_size: in
     return path
 
 
-def main(argv=None) -> None:
-    command_line = CommandLine(__doc__)
-    add = command_line.add_argument
+def command_line() -> CommandLine:
+    parser = CommandLine(__doc__)
+    add = parser.add_argument
     add("--source", choices=SOURCES, default="mnist", help="which digits (%(default)s)")
     add("--mnist_root", metavar="FOLDER", help="folder with MNIST's four files; without it they are downloaded to data/")
     add("--train_size", type=int, metavar="N", help="first N training digits (MNIST: 12000 of 60000; digits: all 1297)")
-    add("--seed", type=int, default=SEED, help="of the shifts (%(default)s)")
+    add("--seed", type=int, default=SEED, metavar="N", help="of the shifts (%(default)s)")
     add("--out", metavar="FILE", help="the npz (data/mobius_MNIST.npz, data/mobius_digits.npz)")
-    options = command_line.parse_args(argv)
+    return parser
+
+
+def main(argv=None) -> None:
+    parser = command_line()
+    options = parser.parse_args(argv)
     start = time.perf_counter()
     try:
         path = convert(options.source, options.out, mnist_root=options.mnist_root,
                        train_size=options.train_size, seed=options.seed)
     except (ValueError, OSError) as error:
-        command_line.error(error)
+        parser.error(error)
     except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was changed")
+        sys.exit(130)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, seed {options.seed}, {time.perf_counter() - start:.1f} s")
 
 

@@ -3,8 +3,6 @@
 The digits of a data set fit into any memory: they live on the device as tensors, and a batch is an index.
 """
 
-import zipfile
-import zlib
 from typing import Iterator
 
 import numpy as np
@@ -14,7 +12,10 @@ from convert_mnist import LENGTH, WIDTH, Split
 
 CLASSES = 10
 KEYS = tuple(f"{split}_{array}" for split in ("train", "test") for array in ("data_shifted", "data_centered", "labels"))
-REMEDY = "python convert_mnist.py makes a good one"
+
+
+def _remedy(path) -> str:
+    return f"python convert_mnist.py --out {path} (for scikit-learn's digits with --source digits) makes a good one"
 
 
 def _read_arrays(path) -> dict[str, np.ndarray]:
@@ -27,9 +28,9 @@ def _read_arrays(path) -> dict[str, np.ndarray]:
             return {key: np.asarray(npz[key]) for key in KEYS}
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from error
-    # BadZipFile, zlib.error, EOFError: truncated. ValueError: pickled, or as above. RuntimeError: encrypted.
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a complete npz of Möbius strip digits: {error}; {REMEDY}") from error
+    except Exception as error:  # a damaged archive can fail in any part of zipfile, zlib, tokenize and NumPy
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} is not a complete npz of Möbius strip digits: {reason}; {_remedy(path)}") from error
 
 
 def load_dataset(path, device="cpu") -> dict[str, Split]:
@@ -51,14 +52,14 @@ def load_dataset(path, device="cpu") -> dict[str, Split]:
 
     def require(holds: bool, key: str, fault: str) -> None:
         if not holds:
-            raise ValueError(f"{path}: {key} has {fault}; {REMEDY}")
+            raise ValueError(f"{path}: {key} has {fault}; {_remedy(path)}")
 
     dataset = {}
     for split in ("train", "test"):
         key = f"{split}_labels"
         labels = arrays[key]
         require(labels.ndim == 1 and len(labels) > 0, key, f"shape {labels.shape}, not (n,) with n >= 1")
-        # Also refuses what is not a number.
+        require(labels.dtype.kind in "iuf", key, f"dtype {labels.dtype}, not a number's")
         require(np.isin(labels, np.arange(CLASSES)).all(), key, f"labels outside 0 … {CLASSES - 1}")
         labels = torch.from_numpy(labels.astype(np.int64)).to(device)
         for version in ("shifted", "centered"):

@@ -38,10 +38,19 @@ class Fields(NamedTuple):
 
 
 class Representation(NamedTuple):
-    """dim: channels of one field. rho_s: the action of s on dim 1 of a tensor of such fields."""
+    """What the layers need to know of a field type.
+
+    dim:      channels of one field.
+    rho_s:    the action of s on dim 1 of a tensor of such fields.
+    permutes: whether rho(s) permutes channels, so that it commutes with every pointwise function. Otherwise it
+              flips signs, and commutes with odd functions only.
+    invariant_bias: from one number for each field to the vector with rho(s) b = b; None where that is zero.
+    """
 
     dim: int
     rho_s: Callable[[Tensor], Tensor]
+    permutes: bool
+    invariant_bias: Callable[[Tensor], Tensor] | None
 
 
 def _negate(x: Tensor) -> Tensor:
@@ -51,15 +60,31 @@ def _negate(x: Tensor) -> Tensor:
     return -x
 
 
+def interleave(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """Channels of regular fields on `dim`, from the first and the second channels of all of them."""
+    return torch.stack([first, second], dim=dim + 1).flatten(dim, dim + 1)
+
+
 def _swap_pairs(x: Tensor) -> Tensor:
     return x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
 
 
 REPRESENTATIONS = {
-    "triv": Representation(1, lambda x: x),
-    "sign": Representation(1, _negate),
-    "reg": Representation(2, _swap_pairs),
+    # In the order of the channels, under the names of `Fields`.
+    "triv": Representation(1, lambda x: x, True, lambda bias: bias),
+    "sign": Representation(1, _negate, False, None),
+    "reg": Representation(2, _swap_pairs, True, lambda bias: interleave(bias, bias, dim=0)),
 }
+
+
+def as_integer(value, name: str, allowed: str = "an integer") -> int:
+    """`value` as an int. Raises ValueError, by `name` and with what is `allowed`, for what is no integer or a bool."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}") from None
 
 
 def as_fields(fields, name: str = "fields") -> Fields:
@@ -73,8 +98,9 @@ def as_fields(fields, name: str = "fields") -> Fields:
         ValueError: if they are anything else.
     """
     try:
-        parsed = Fields(*(operator.index(m) for m in fields))
-        if min(parsed) < 0 or max(parsed) == 0 or any(isinstance(m, bool) for m in fields):
+        fields = tuple(fields)
+        parsed = Fields(*(as_integer(m, name) for m in fields))
+        if min(parsed) < 0 or max(parsed) == 0:
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError(
@@ -83,10 +109,15 @@ def as_fields(fields, name: str = "fields") -> Fields:
     return parsed
 
 
-def check_features(x: Tensor, fields: Fields, ndim: int = 4) -> None:
-    """Raise ValueError unless `x` is an `ndim`-dimensional tensor whose dim 1 holds the channels of `fields`."""
-    if x.ndim != ndim:
-        raise ValueError(f"expected a {ndim}-d tensor (N, C, W, L), got shape {tuple(x.shape)}")
+def check_strip(x: Tensor) -> None:
+    """Raise ValueError unless `x` is 4-d with a width and a length."""
+    if x.ndim != 4 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"expected a 4-d tensor (N, C, W, L) with W, L >= 1, got shape {tuple(x.shape)}")
+
+
+def check_features(x: Tensor, fields: Fields) -> None:
+    """Raise ValueError unless `x` is a feature map with the channels of `fields`."""
+    check_strip(x)
     if x.shape[1] != fields.channels:
         raise ValueError(
             f"expected {fields.channels} channels for fields {tuple(fields)}, got shape {tuple(x.shape)}"
@@ -104,11 +135,12 @@ def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
     return blocks
 
 
-def map_types(x: Tensor, fields: Fields, functions: dict[str, Callable[[Tensor], Tensor]]) -> Tensor:
-    """Apply ``functions[type]`` to the channels of each field type, in one call where they are all one type."""
+def map_pointwise(x: Tensor, fields: Fields, function: Callable, odd_function: Callable) -> Tensor:
+    """Apply `function` to the channels that rho(s) permutes and `odd_function` to those whose sign it flips."""
     blocks = split_types(x, fields)
-    if len(blocks) == 1:
-        return functions[next(iter(blocks))](x)
+    functions = {name: function if REPRESENTATIONS[name].permutes else odd_function for name in blocks}
+    if all(f is function for f in functions.values()):  # one call for all, and no copy
+        return function(x)
     return torch.cat([functions[name](block) for name, block in blocks.items()], dim=1)
 
 
@@ -134,7 +166,10 @@ def gauge_transform(x: Tensor, fields) -> Tensor:
 
 
 def _rho_s(x: Tensor, fields: Fields) -> Tensor:
-    return map_types(x, fields, {name: rep.rho_s for name, rep in REPRESENTATIONS.items()})
+    blocks = split_types(x, fields)
+    if len(blocks) == 1:  # no copy of what is all of one type
+        return REPRESENTATIONS[next(iter(blocks))].rho_s(x)
+    return torch.cat([REPRESENTATIONS[name].rho_s(block) for name, block in blocks.items()], dim=1)
 
 
 def cross_cut(x: Tensor, fields: Fields) -> Tensor:
@@ -181,11 +216,8 @@ def isometry_action(x: Tensor, shift, fields) -> Tensor:
                 f"shift must be an integer or an integer tensor of shape ({x.shape[0]},), "
                 f"got {shift.dtype} of shape {tuple(shift.shape)}"
             )
-        source = (columns - shift.to(x.device, torch.long)[:, None]) % (2 * length)
+        # Reduced first: any other order can overflow.
+        shift = shift.to(x.device, torch.long) % (2 * length)
+        source = (columns - shift[:, None]) % (2 * length)
         return cover.gather(3, source[:, None, None, :].expand(x.shape))
-    try:
-        shift = operator.index(shift)
-    except TypeError:
-        raise ValueError(f"shift must be an integer, got {shift!r}") from None
-    # Reduced in Python first: the shift may be larger than any tensor's integer.
-    return cover.index_select(3, (columns - shift % (2 * length)) % (2 * length))
+    return cover.index_select(3, (columns - as_integer(shift, "shift") % (2 * length)) % (2 * length))

@@ -11,7 +11,7 @@ from math import sqrt
 import torch.nn as nn
 from torch import Tensor
 
-from fields import as_fields
+from fields import as_fields, as_integer
 from nn_layers import EquivNonlin, MobiusConv, MobiusPadNaive, MobiusPool
 
 # Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as many fields.
@@ -43,12 +43,14 @@ def _classifier(classes: int, factory: dict) -> nn.Sequential:
 
 def _check_counts(**counts) -> None:
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be a positive integer, got {count!r}")
+        if as_integer(count, name, "a positive integer") < 1:
+            raise ValueError(f"{name} must be a positive integer, got {count}")
 
 
 class MobiusGaugeCNN(nn.Module):
-    """Gauge equivariant CNN on the Möbius strip. Its logits do not change under shifts by multiples of 4.
+    """Gauge equivariant CNN on the Möbius strip.
+
+    In evaluation, its logits do not change under shifts by multiples of 4 where L is a multiple of 4.
 
     Six convolutions with a nonlinearity after the first five and pooling after the second and the fourth; the
     sixth gives 64 scalar fields, whose global maximum is what an invariant classifier sees.
@@ -73,7 +75,7 @@ class MobiusGaugeCNN(nn.Module):
                  *, device=None, dtype=None) -> None:
         super().__init__()
         _check_counts(ch_in=ch_in, classes=classes)
-        if mode not in MODES:
+        if mode not in list(MODES):
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.mode = mode
         factory = {"device": device, "dtype": dtype}
@@ -158,7 +160,7 @@ def build_model(name: str, **kwargs) -> nn.Module:
     Raises:
         ValueError: for a name that is not in `MODELS`, or as the class does.
     """
-    if name not in MODELS:
+    if name not in list(MODELS):
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     return MODELS[name](**kwargs)
 

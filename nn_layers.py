@@ -12,7 +12,6 @@ Feature maps have the shape ``(N, C, W, L)`` and the channel layout of `fields.p
 Source: arXiv:2106.06020, Section 5.
 """
 
-import operator
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -21,7 +20,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fields import REPRESENTATIONS, Fields, as_fields, check_features, cross_cut, map_types
+from fields import (
+    REPRESENTATIONS,
+    Fields,
+    as_fields,
+    as_integer,
+    check_features,
+    check_strip,
+    cross_cut,
+    interleave,
+    map_pointwise,
+)
 
 
 def transport_pad(x: Tensor, pad: int, fields) -> Tensor:
@@ -44,7 +53,7 @@ def transport_pad(x: Tensor, pad: int, fields) -> Tensor:
     """
     fields = as_fields(fields)
     check_features(x, fields)
-    length = x.shape[3]
+    pad, length = as_integer(pad, "pad"), x.shape[3]
     if not 0 <= pad <= length:
         raise ValueError(f"padding by {pad} columns needs a strip of at least that length, got L = {length}")
     # narrow, not x[..., -pad:], which is everything when pad is 0.
@@ -54,12 +63,10 @@ def transport_pad(x: Tensor, pad: int, fields) -> Tensor:
 
 
 def _odd_kernel_size(kernel_size) -> int:
-    try:
-        size = operator.index(kernel_size)
-    except TypeError:
-        size = 0
-    if size < 1 or size % 2 == 0 or isinstance(kernel_size, bool):
-        raise ValueError(f"kernel_size must be an odd positive integer, got {kernel_size!r}")
+    allowed = "an odd positive integer"
+    size = as_integer(kernel_size, "kernel_size", allowed)
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"kernel_size must be {allowed}, got {size}")
     return size
 
 
@@ -81,13 +88,12 @@ def _antisymmetric(upper: Tensor) -> Tensor:
 
 def _to_regular(first: Tensor, in_type: str) -> Tensor:
     """K₂(v) = K₁(s.v) rho_in(s): stored is the part K₁ that maps to the first channel of the output field."""
-    second = REPRESENTATIONS[in_type].rho_s(first.flip(2))
-    return torch.stack([first, second], dim=1).flatten(0, 1)
+    return interleave(first, REPRESENTATIONS[in_type].rho_s(first.flip(2)), dim=0)
 
 
 def _from_regular(first: Tensor, sign: int) -> Tensor:
     """K₂(v) = ± K₁(s.v): stored is the part K₁ that reads the first channel of the input field."""
-    return torch.stack([first, sign * first.flip(2)], dim=2).flatten(1, 2)
+    return interleave(first, sign * first.flip(2), dim=1)
 
 
 class SteerableBlock(NamedTuple):
@@ -109,13 +115,6 @@ STEERABLE_BLOCKS = {
     ("triv", "reg"): SteerableBlock(1, lambda k: k, partial(_to_regular, in_type="triv")),
     ("sign", "reg"): SteerableBlock(1, lambda k: k, partial(_to_regular, in_type="sign")),
     ("reg", "reg"): SteerableBlock(2, lambda k: k, partial(_to_regular, in_type="reg")),
-}
-
-# A bias must be invariant, rho(s) b = b. Sign-flip fields have no invariant vector but zero; a regular
-# field has one dimension of them, the same value in both channels.
-INVARIANT_BIAS = {
-    "triv": lambda bias: bias,
-    "reg": lambda bias: bias.repeat_interleave(2),
 }
 
 
@@ -166,7 +165,7 @@ class MobiusConv(nn.Module):
                 i = getattr(self.in_fields, in_type)
                 shape = (o, block.columns * i, block.rows(k), k)
                 self.register_parameter(f"weights_{in_type}2{out_type}", new_parameter(*shape))
-            if out_type in INVARIANT_BIAS:
+            if REPRESENTATIONS[out_type].invariant_bias:
                 self.register_parameter(f"bias_{out_type}", new_parameter(o))
         self.reset_parameters()
 
@@ -191,15 +190,17 @@ class MobiusConv(nn.Module):
         return torch.cat(rows, dim=0)
 
     def expand_bias(self) -> Tensor | None:
-        """The invariant bias, of shape ``(C_out,)``, or None where all output fields are sign-flip."""
-        if self.out_fields.triv == self.out_fields.reg == 0:
+        """The invariant bias, rho(s) b = b, of shape ``(C_out,)``; None where all output fields are sign-flip."""
+        biases = {name: getattr(self, f"bias_{name}", None) for name in self._blocks}
+        given = [bias for bias in biases.values() if bias is not None]
+        if not given:
             return None
-        reference = next(self.parameters())
-        return torch.cat([
-            INVARIANT_BIAS[name](getattr(self, f"bias_{name}")) if name in INVARIANT_BIAS
-            else reference.new_zeros(getattr(self.out_fields, name) * REPRESENTATIONS[name].dim)
-            for name in self._blocks
-        ])
+        parts = []
+        for name, bias in biases.items():
+            dim, _, _, invariant_bias = REPRESENTATIONS[name]
+            zeros = given[0].new_zeros(dim * getattr(self.out_fields, name))
+            parts.append(zeros if bias is None else invariant_bias(bias))
+        return torch.cat(parts)
 
     def forward(self, x: Tensor) -> Tensor:
         padded = transport_pad(x, self.kernel_size // 2, self.in_fields)
@@ -210,10 +211,11 @@ class MobiusConv(nn.Module):
 
 
 class EquivNonlin(nn.Module):
-    """Gauge equivariant nonlinearity: ELU on trivial and regular fields, a shrinking odd one on sign-flip fields.
+    """Gauge equivariant nonlinearity: ELU on trivial and regular fields, an odd function on sign-flip fields.
 
     Trivial and regular fields: ELU(x), which commutes with a permutation of channels.
-    Sign-flip fields: sign(x) ELU(|x| + b), an odd function, with a learnable b for each field; sign(0) = 0.
+    Sign-flip fields: sign(x) ELU(|x| + b) with a learnable b for each field, which commutes with a change of
+    sign; sign(0) = 0. It is the identity at b = 0, where training begins.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.
@@ -252,7 +254,7 @@ class EquivNonlin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_features(x, self.in_fields)
-        return map_types(x, self.in_fields, {"triv": F.elu, "sign": self._odd_elu, "reg": F.elu})
+        return map_pointwise(x, self.in_fields, F.elu, self._odd_elu)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.in_fields)}"
@@ -295,8 +297,7 @@ class MobiusPool(nn.Module):
 
     def _pool(self, x: Tensor, **alignment) -> Tensor:
         max_pool = partial(F.max_pool2d, kernel_size=2, **alignment)
-        signed_max_pool = partial(_signed_max_pool, **alignment)
-        return map_types(x, self.in_fields, {"triv": max_pool, "sign": signed_max_pool, "reg": max_pool})
+        return map_pointwise(x, self.in_fields, max_pool, partial(_signed_max_pool, **alignment))
 
     def forward(self, x: Tensor) -> Tensor:
         check_features(x, self.in_fields)
@@ -305,8 +306,8 @@ class MobiusPool(nn.Module):
             x = torch.cat([x, cross_cut(x.narrow(3, 0, 1), self.in_fields)], dim=3)
         if width % 2 == 0:
             return self._pool(x)
-        # max_pool2d's own padding is -inf and never wins.
-        return (self._pool(x, ceil_mode=True) + self._pool(x, padding=(1, 0))) / 2
+        # max_pool2d's own padding is -inf and never wins. Halved first, the sum cannot overflow.
+        return self._pool(x, ceil_mode=True) / 2 + self._pool(x, padding=(1, 0)) / 2
 
     def extra_repr(self) -> str:
         return f"{tuple(self.in_fields)}"
@@ -336,8 +337,7 @@ class MobiusPadNaive(nn.Module):
         self.kernel_size = _odd_kernel_size(kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4:
-            raise ValueError(f"expected a 4-d tensor (N, C, W, L), got shape {tuple(x.shape)}")
+        check_strip(x)
         return transport_pad(x, self.kernel_size // 2, Fields(x.shape[1], 0, 0))
 
     def extra_repr(self) -> str:

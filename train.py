@@ -15,10 +15,13 @@ Source of the protocol: arXiv:2106.06020, Section 5.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
+import os
 import platform
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, fields as dataclass_fields
@@ -32,6 +35,7 @@ from tqdm import tqdm
 
 from convert_mnist import SOURCES, CommandLine, Split, convert, write_atomically
 from data_loader import batches, load_dataset
+from fields import as_integer
 from models import MODELS, build_model, count_parameters
 
 TRAIN_MODES = ("centered", "shifted")
@@ -88,7 +92,14 @@ class Config:
 
         for name, allowed in (("model", MODELS), ("train_mode", TRAIN_MODES), ("test_mode", TEST_MODES),
                               ("dataset", SOURCES), ("device", DEVICES), ("precision", PRECISIONS)):
-            require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+            require(name, getattr(self, name) in list(allowed), f"one of {', '.join(allowed)}")
+        for name in ("num_epochs", "batch_size", "lr_decay_period", "eval_freq", "seed"):
+            as_integer(getattr(self, name), name)
+        for name in ("weight_decay", "lr", "lr_decay_factor"):
+            require(name, isinstance(getattr(self, name), (int, float)), "a number")
+        for name in ("data", "mnist_root", "log_dir"):
+            require(name, getattr(self, name) != "", "a path")
+        require("mnist_root", self.mnist_root is None or self.dataset == "mnist", f"left out with dataset {self.dataset}")
         require("num_epochs", self.num_epochs >= 1, "at least 1")
         require("batch_size", self.batch_size >= 2, "at least 2 (batch normalisation needs two)")
         # Far beyond use, and early enough to keep Adam's step a float.
@@ -158,16 +169,17 @@ class RunFolder:
     """
 
     def __init__(self, config: Config) -> None:
-        stem = f"{config.dataset}-{config.model}-{config.train_mode}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = self._new_folder(Path(config.log_dir), stem)
-        self._log = open(self.path / "log.txt", "w", encoding="utf-8")
-        self._writer = None
         if config.tensorboard:
+            # Here, not at the head: it takes seconds, and -h and --no-tensorboard do without.
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ValueError(f"TensorBoard is not installed ({error}): take --no-tensorboard") from error
-            self._writer = SummaryWriter(self.path)
+        digits = Path(config.data).stem if config.data else config.dataset
+        stem = f"{digits}-{config.model}-{config.train_mode}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = self._new_folder(Path(config.log_dir), re.sub(r"[^\w.-]", "_", stem))
+        self._log = open(self.path / "log.txt", "w", encoding="utf-8")
+        self._writer = SummaryWriter(self.path) if config.tensorboard else None
 
     @staticmethod
     def _new_folder(log_dir: Path, stem: str) -> Path:
@@ -184,8 +196,11 @@ class RunFolder:
             raise OSError(f"cannot make a folder in --log_dir {log_dir}: {error.strerror or error}") from error
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
         print(line, file=self._log, flush=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # nobody reads on (| head): no reason to stop training
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def scalars(self, values: dict[str, float], epoch: int) -> None:
         if self._writer:
@@ -206,7 +221,7 @@ class RunFolder:
 
     def save_result(self, result: dict) -> None:
         with write_atomically(self.path / "result.json") as file:
-            file.write((json.dumps(result, indent=2) + "\n").encode())
+            file.write((json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
         self._log.close()
@@ -263,8 +278,11 @@ class Run:
     def train(self) -> dict:
         """Train and test, write the run's files, and return the result as it stands in result.json.
 
+        Whatever ends the run, result.json and weights.pt have every finished epoch.
+
         Raises:
-            FloatingPointError: at the first step whose loss is not finite.
+            FloatingPointError: at the first step whose loss is not finite, or after an epoch with such a test loss.
+            OSError: if the folder cannot be written any more.
         """
         config, folder, result = self.config, self.folder, self.result
         start = time.perf_counter()
@@ -282,6 +300,12 @@ class Run:
                 if epoch == config.num_epochs or (config.eval_freq and epoch % config.eval_freq == 0):
                     for version, test_set in self.test_sets.items():
                         loss, error = evaluate(self.model, test_set, config.precision)
+                        # The last step of an epoch can be the one that spoils the weights.
+                        if not math.isfinite(loss):
+                            raise FloatingPointError(
+                                f"the loss on {version} test digits is {loss} after step {self.steps} of {self.steps} "
+                                f"in epoch {epoch}: a lower --lr may help"
+                            )
                         record[f"test_loss_{version}"], record[f"test_error_{version}"] = loss, error
                 record["seconds"] = time.perf_counter() - epoch_start
                 result["epochs"].append(record)
@@ -297,8 +321,8 @@ class Run:
         except KeyboardInterrupt:
             self._stop("interrupted")
             raise
-        except FloatingPointError as error:
-            self._stop("diverged", str(error))
+        except Exception as error:
+            self._stop("diverged" if isinstance(error, FloatingPointError) else "failed", str(error) or type(error).__name__)
             raise
         finally:
             folder.close()
@@ -359,8 +383,10 @@ class Run:
         self.result["status"] = status
         if reason:
             self.result["reason"] = reason
-        self.folder.save_result(self.result)
-        self.folder.say(f"{status} after {len(self.result['epochs'])} of {self.config.num_epochs} epochs: {self.folder.path}")
+        line = f"{status} after {len(self.result['epochs'])} of {self.config.num_epochs} epochs"
+        with contextlib.suppress(OSError):  # a full disk: what was saved before stays, and the cause is reported
+            self.folder.save_result(self.result)
+            self.folder.say(f"{line}{': ' if reason else ''}{reason or ''}  ({self.folder.path})")
 
 
 @torch.no_grad()
@@ -379,15 +405,17 @@ def evaluate(model: nn.Module, split: Split, precision: str = "fp32") -> tuple[f
     return loss.item() / n, 100 * wrong.item() / n
 
 
-def parse_options(argv=None) -> tuple[Config, CommandLine]:
-    command_line = CommandLine(__doc__)
+def command_line() -> CommandLine:
+    """An option for each field of `Config`, with its default."""
+    parser = CommandLine(__doc__)
     defaults = {field.name: field.default for field in dataclass_fields(Config)}
 
     def add(name, text, **kwargs):
         if name != "model":
             kwargs["default"] = defaults[name]
-            text += "" if defaults[name] is None else " (%(default)s)"
-        command_line.add_argument(f"--{name}", help=text, **kwargs)
+            # BooleanOptionalAction tells its default itself.
+            text += "" if defaults[name] is None or defaults[name] is True else " (%(default)s)"
+        parser.add_argument(f"--{name}", help=text, **kwargs)
 
     add("model", "one of the seven", choices=MODELS, required=True, metavar="{" + ",".join(MODELS) + "}")
     add("train_mode", "version of the training digits", choices=TRAIN_MODES)
@@ -406,26 +434,25 @@ def parse_options(argv=None) -> tuple[Config, CommandLine]:
     add("device", "auto is cuda where there is one", choices=DEVICES)
     add("precision", "bf16: automatic mixed precision", choices=PRECISIONS)
     add("log_dir", "the run's folder is made in it", metavar="FOLDER")
-    command_line.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write TensorBoard events")
-    options = command_line.parse_args(argv)
-    try:
-        return Config(**vars(options)), command_line
-    except ValueError as error:
-        command_line.error(error)
+    add("tensorboard", "write TensorBoard events or not", action=argparse.BooleanOptionalAction)
+    return parser
 
 
 def main(argv=None) -> None:
-    config, command_line = parse_options(argv)
+    parser = command_line()
+    options = parser.parse_args(argv)
     try:
-        run = Run(config)
+        run = Run(Config(**vars(options)))
     except (ValueError, OSError) as error:
-        command_line.error(error)
+        parser.error(error)
     except KeyboardInterrupt:
         sys.exit(130)
     try:
         run.train()
-    except (OSError, FloatingPointError) as error:
-        sys.exit(f"{command_line.prog}: error: {error}")
+    except OSError as error:
+        parser.error(error)
+    except FloatingPointError as error:
+        sys.exit(f"{parser.prog}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 

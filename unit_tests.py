@@ -24,7 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import threading
 import unittest
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -135,6 +137,8 @@ class TestFields(Case):
         for bad in [(0, 0, 0), (-1, 2, 0), (1.0, 0, 0), (1, 2), (1, 2, 3, 4), ("1", 0, 0), (True, 0, 0), 3, None]:
             with self.subTest(bad), self.assertRaisesRegex(ValueError, re.escape(repr(bad))):
                 as_fields(bad)
+        with self.assertRaisesRegex(ValueError, re.escape("(True, 0, 0)")):
+            as_fields(m for m in (True, 0, 0))
 
     def test_gauge_transform_is_rho(self):
         for fields in FIELDS:
@@ -167,6 +171,9 @@ class TestFields(Case):
         expected = torch.cat([isometry_action(x[i:i + 1], int(t), fields) for i, t in enumerate(shifts)])
         self.assertTrue(torch.equal(isometry_action(x, shifts, fields), expected))
         self.assertTrue(torch.equal(isometry_action(x, shifts.to(torch.int32), fields), expected))
+        for extreme in (-2**63, 2**63 - 1):
+            y = isometry_action(x, torch.full((17,), extreme), fields)
+            self.assertTrue(torch.equal(y, isometry_action(x, extreme, fields)))
         for bad in (shifts[:3], shifts.double(), shifts > 0, shifts[:, None]):
             with self.assertRaisesRegex(ValueError, "shift must be"):
                 isometry_action(x, bad, fields)
@@ -192,14 +199,15 @@ class TestFields(Case):
 
     def test_bad_arguments(self):
         x = features((1, 1, 1), 3, 4)
-        for bad in (1.0, "1", None):
+        for bad in (1.0, "1", None, True):
             with self.assertRaisesRegex(ValueError, "shift must be an integer"):
                 isometry_action(x, bad, (1, 1, 1))
         for act_on in (gauge_transform, lambda x, fields: isometry_action(x, 1, fields)):
             with self.assertRaisesRegex(ValueError, "expected 5 channels"):
                 act_on(x, (2, 1, 1))
-            with self.assertRaisesRegex(ValueError, "4-d"):
-                act_on(x[0], (1, 1, 1))
+            for bad in (x[0], x[:, :, :0], x[..., :0]):
+                with self.assertRaisesRegex(ValueError, "4-d .* W, L >= 1"):
+                    act_on(bad, (1, 1, 1))
 
 
 # ======================================================================================================
@@ -232,6 +240,8 @@ class TestTransportPad(Case):
             MobiusPadNaive(3)(torch.zeros(1, 2, 3))
         with self.assertRaisesRegex(ValueError, "L = 1"):
             MobiusPadNaive(5)(torch.zeros(1, 2, 3, 1))
+        with self.assertRaisesRegex(ValueError, "pad must be an integer, got 1.5"):
+            transport_pad(torch.zeros(1, 1, 3, 3), 1.5, (1, 0, 0))
         for pad in (-1, 4):
             with self.assertRaisesRegex(ValueError, f"padding by {pad}"):
                 transport_pad(torch.zeros(1, 1, 3, 3), pad, (1, 0, 0))
@@ -519,6 +529,8 @@ class TestMobiusPool(Case):
             y = MobiusPool((1, 1, 1))(x)
             self.assertEqual(y.dtype, dtype)
             self.assertFalse(y.isnan().any())
+        largest = torch.full((1, 4, 3, 3), torch.finfo(torch.float16).max, dtype=torch.float16)
+        self.assertTrue(MobiusPool((1, 1, 1))(largest).isfinite().all())
 
     def test_bad_arguments(self):
         with self.assertRaisesRegex(ValueError, "in_fields"):
@@ -663,6 +675,35 @@ class TestModels(Case):
             expected = [tuple(n * m for m in base) for n in (4, 8, 16, 32, 64)] + [(64, 0, 0)]
             self.assertEqual([conv.out_fields for conv in convs], expected)
 
+    def test_architecture(self):
+        """The logits are those of the layers, one after the other."""
+        def classify(model, y):
+            norm1, _, drop1, linear1, norm2, _, drop2, linear2 = model.classifier
+            self.assertEqual((drop1.p, drop2.p), (0.3, 0.3))
+            for norm, linear in ((norm1, linear1), (norm2, linear2)):
+                y = (y - norm.running_mean) / (norm.running_var + 1e-5).sqrt() * norm.weight + norm.bias
+                y = F.linear(F.elu(y), linear.weight, linear.bias)
+            return y
+
+        x = torch.rand(2, 1, 28, 28, dtype=DOUBLE)
+        for name in MODELS:
+            model = randomized_norms(build_model(name, dtype=DOUBLE)).eval()
+            y = x
+            if name.startswith("cnn"):
+                for index in (1, 4, 8, 11, 15, 18):
+                    conv = model.cnn[index]
+                    y = F.conv2d(transport_pad(y, 2, (y.shape[1], 0, 0)), conv.weight, conv.bias)
+                    y = F.elu(y) if index < 18 else y
+                    y = F.max_pool2d(y, 2) if index in (4, 11) else y
+            else:
+                layers = model.mobius_cnn
+                for conv, nonlin in ((0, 1), (2, 3), (5, 6), (7, 8), (10, 11), (12, None)):
+                    y = layers[conv](y)
+                    y = layers[nonlin](y) if nonlin else y
+                    y = MobiusPool(layers[conv].out_fields)(y) if conv in (2, 7) else y
+            with self.subTest(name):
+                self.assertClose(model(x), classify(model, y.flatten(2).max(2).values))
+
     @staticmethod
     def logits_of_all_shifts(model, length=28):
         x = torch.rand(1, 1, 28, length, dtype=DOUBLE)
@@ -701,8 +742,9 @@ class TestModels(Case):
                     cls(**bad)
         with self.assertRaisesRegex(ValueError, "scalar, signflip, regular, irrep, mixed, got 'regulr'"):
             MobiusGaugeCNN(mode="regulr")
-        with self.assertRaisesRegex(ValueError, f"{', '.join(MODELS)}, got 'resnet'"):
-            build_model("resnet")
+        for bad in ("resnet", None, ["mobius_regular"]):
+            with self.assertRaisesRegex(ValueError, f"{', '.join(MODELS)}, got {re.escape(repr(bad))}"):
+                build_model(bad)
 
     def test_weights_travel(self):
         for name in MODELS:
@@ -724,7 +766,7 @@ class TestModels(Case):
             self.assertClose(logits.float(), model(x), tolerance=0.1)
 
     def test_compile(self):
-        for name in MODELS:
+        for name in ("cnn_same_channels", "mobius_regular", "mobius_mixed"):
             model, x = build_model(name).eval(), torch.rand(2, 1, 28, 28)
             torch.compiler.reset()
             with self.subTest(name), torch.no_grad():
@@ -814,6 +856,9 @@ class TestConvertMNIST(FilesCase):
                 self.assertTrue(images.min() >= 0 and 0.9 < images.max() <= 1)
             self.assertEqual(set(data[f"{split}_labels"].tolist()), set(range(10)))
             self.assertEqual(data[f"{split}_labels"].shape, (n,))
+        # Compressed: MNIST's 44,000 images come to less than 12 MB instead of 138.
+        with zipfile.ZipFile(self.folder / "digits.npz") as archive:
+            self.assertEqual({member.compress_type for member in archive.infolist()}, {zipfile.ZIP_DEFLATED})
         box = data["train_data_centered"][:, :, 4:24, 4:24]
         self.assertEqual(box.sum(), data["train_data_centered"].sum())
         self.assertEqual(len(data), 8)
@@ -913,12 +958,22 @@ class TestConvertMNIST(FilesCase):
 
         real = convert_mnist._torchvision_mnist()
         with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder):
-            with mock.patch.object(convert_mnist, "_torchvision_mnist", side_effect=[Downloader, real]):
+            with mock.patch.object(convert_mnist, "_torchvision_mnist", side_effect=[Downloader, Downloader, real]):
                 train_set, test_set = convert_mnist.load_mnist()
             self.assertEqual((len(train_set.labels), len(test_set.labels)), (60_000, 10_000))
             convert_mnist.load_mnist()
-        self.assertEqual(len(calls), 1)
+            # A file that went missing is fetched again, into a folder that holds the others.
+            (self.folder / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
+            with mock.patch.object(convert_mnist, "_torchvision_mnist", side_effect=[Downloader, Downloader, real]):
+                convert_mnist.load_mnist()
+        self.assertEqual(len(calls), 2)
         self.assertEqual([path.name for path in self.folder.iterdir()], ["MNIST"])
+
+    def test_without_torchvision(self):
+        write_fake_mnist(self.folder)
+        with mock.patch.dict(sys.modules, {"torchvision.datasets": None}):
+            self.assertFails(convert_mnist.main, "--mnist_root", self.folder, contains="torchvision")
+            convert_mnist.convert("digits", self.folder / "digits.npz")
 
     def test_interrupted(self):
         path = convert_mnist.convert("digits", self.folder / "digits.npz")
@@ -929,6 +984,9 @@ class TestConvertMNIST(FilesCase):
             raise KeyboardInterrupt
 
         with mock.patch("numpy.savez_compressed", half), self.assertRaises(KeyboardInterrupt):
+            convert_mnist.convert("digits", path, seed=1)
+        self.assertEqual(self.files(), before)  # and no temporary file is left
+        with mock.patch("os.replace", side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt):
             convert_mnist.convert("digits", path, seed=1)
         self.assertEqual(self.files(), before)
 
@@ -945,8 +1003,24 @@ class TestConvertMNIST(FilesCase):
     def test_unwritable(self):
         (self.folder / "file").write_text("")
         self.assertFails(convert_mnist.main, "--source", "digits", "--out", self.folder / "file" / "out.npz", contains=["cannot write", "out.npz"])
+        fifo = self.folder / "fifo"
+        os.mkfifo(fifo)
+        for target in (fifo, self.folder):
+            self.assertFails(convert_mnist.main, "--source", "digits", "--out", target, contains=["cannot write", str(target), "not a file"])
+        self.assertTrue(fifo.is_fifo())
+
+    def test_a_link_stays_a_link(self):
+        (self.folder / "link.npz").symlink_to(self.folder / "digits.npz")
+        convert_mnist.convert("digits", self.folder / "link.npz", train_size=1)
+        self.assertTrue((self.folder / "link.npz").is_symlink())
+        self.assertTrue((self.folder / "digits.npz").is_file())
 
     def test_bad_options(self):
+        self.assertFails(convert_mnist.main, "--source", "digits", "--mnist_root", self.folder, contains=["mnist_root", "digits"])
+        for bad in ({"train_size": 10.5}, {"seed": 1.5}, {"seed": 2**32}, {"source": ["digits"]}):
+            (name,) = bad
+            with self.assertRaisesRegex(ValueError, name):
+                convert_mnist.convert(**{"source": "digits", "path": self.folder / "no.npz"} | bad)
         self.assertFails(convert_mnist.main, "--source", "cifar", contains=["cifar", "mnist", "digits"])
         self.assertFails(convert_mnist.main, "--source", "digits", "--seed", "-1", contains=["seed", "-1"])
         self.assertFails(convert_mnist.main, "--train_size", "many", contains=["--train_size", "many"])
@@ -1025,11 +1099,19 @@ class TestDataLoader(FilesCase):
             ({"test_labels": labels - 11}, "test_labels has labels outside 0 … 9"),
             ({"test_labels": labels + 0.5}, "test_labels has labels outside 0 … 9"),
             ({"test_labels": labels[:, None]}, "test_labels has shape"),
+            ({"test_labels": labels + 0j}, "test_labels has dtype complex128"),
+            ({"test_labels": labels.astype("m8[s]")}, "test_labels has dtype timedelta64"),
+            ({"test_labels": np.zeros(32, [("a", int)])}, "test_labels has dtype"),
             ({"train_labels": np.array([{}] * 64)}, "allow_pickle"),
         ]:
             write_npz(path, **change)
             with self.subTest(message):
                 self.assertIn(message, run())
+        with zipfile.ZipFile(good) as archive, zipfile.ZipFile(path, "w") as damaged:
+            for member in archive.namelist():  # a header that is not even Python
+                content = archive.read(member)
+                damaged.writestr(member, content.replace(b"{'descr'", b"{'descr\\\\") if member == "test_labels.npy" else content)
+        run()
         np.save(self.folder / "array.npy", images)
         os.replace(self.folder / "array.npy", path)
         run()
@@ -1073,12 +1155,25 @@ class TestTrain(FilesCase):
                 "--batch_size", "16", "--device", "cpu", "--no-tensorboard", *more]
 
     def test_defaults_are_the_protocol(self):
-        config, _ = train.parse_options(["--model", "mobius_regular"])
+        config = train.Config(**vars(train.command_line().parse_args(["--model", "mobius_regular"])))
         self.assertEqual(config, train.Config("mobius_regular"))
         self.assertEqual(vars(config), vars(config) | {
             "train_mode": "centered", "test_mode": "both", "num_epochs": 20, "batch_size": 128, "weight_decay": 1e-6, "lr": 5e-3,
             "lr_decay_period": 4, "lr_decay_factor": 2, "eval_freq": 1, "dataset": "mnist", "device": "auto", "precision": "fp32",
         })
+
+    def test_the_run_is_what_was_asked_for(self):
+        arrays = np.load(self.data)
+        for train_mode, test_mode in itertools.product(train.TRAIN_MODES, train.TEST_MODES):
+            run = train.Run(self.config(train_mode=train_mode, test_mode=test_mode, weight_decay=0.03, lr=0.02))
+            run.folder.close()
+            self.assertTrue(np.array_equal(run.training_set.images, arrays[f"train_data_{train_mode}"]))
+            self.assertEqual(list(run.test_sets), ["shifted", "centered"] if test_mode == "both" else [test_mode])
+            for version, test_set in run.test_sets.items():
+                self.assertTrue(np.array_equal(test_set.images, arrays[f"test_data_{version}"]))
+            (group,) = run.optimizer.param_groups
+            self.assertIs(type(run.optimizer), torch.optim.Adam)
+            self.assertEqual((group["weight_decay"], group["lr"], len(group["params"])), (0.03, 0.02, len(list(run.model.parameters()))))
 
     def test_learns(self):
         for model in ("mobius_mixed", "cnn_same_channels"):
@@ -1166,6 +1261,14 @@ class TestTrain(FilesCase):
         right, wrong = math.log(math.e + 9) - 1, math.log(math.e + 9)
         self.assertAlmostEqual(loss, (1231 * right + 3 * wrong) / 1234, places=5)
 
+    def test_precision(self):
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            run, seen = train.Run(self.config(precision=precision, num_epochs=1)), set()
+            run.model.register_forward_hook(lambda module, inputs, logits: seen.add((module.training, logits.dtype)))
+            with contextlib.redirect_stdout(io.StringIO()):
+                run.train()
+            self.assertEqual(seen, {(True, dtype), (False, dtype)})
+
     def test_bf16(self):
         result, folder, _ = self.train(precision="bf16", num_epochs=3)
         losses = [record["train_loss"] for record in result["epochs"]]
@@ -1195,18 +1298,53 @@ class TestTrain(FilesCase):
         stored = json.loads((run.folder.path / "result.json").read_text())
         self.assertEqual(stored["status"], "diverged")
         self.assertIn("step 1 of 4", stored["reason"])
+        self.assertIn("step 1 of 4", (run.folder.path / "log.txt").read_text())
         self.assertFails(train.main, *self.options("--lr", "1e20"), contains=["the loss is", "step", "--lr"], status=1)
+        # The last step's damage shows in no training loss.
+        self.assertFails(train.main, *self.options("--lr", "1e20", "--num_epochs", "1", "--batch_size", "64"),
+                         contains=["the loss on shifted test digits is", "step 1 of 1 in epoch 1"], status=1)
+        for path in (self.folder / "logs").glob("*/result.json"):
+            stored = json.loads(path.read_text(), parse_constant=self.fail)  # NaN is no JSON
+            self.assertEqual((stored["status"], stored["test_error"]), ("diverged", None))
+
+    def test_disk_full(self):
+        full, save = OSError(28, "No space left on device"), train.RunFolder.save
+
+        def save_once(folder, result, model):
+            if len(result["epochs"]) > 1:
+                raise full
+            save(folder, result, model)
+
+        with mock.patch.object(train.RunFolder, "save", save_once):
+            self.assertFails(train.main, *self.options("--num_epochs", "3"), contains="No space left")
+        (path,) = (self.folder / "logs").glob("*/result.json")
+        self.assertEqual(json.loads(path.read_text())["status"], "failed")
+
+    def test_a_reader_that_goes_away_stops_nothing(self):
+        command = [str(c) for c in (sys.executable, ROOT / "train.py", *self.options())]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            process.stdout.readline()
+            process.stdout.close()
+            stderr = process.stderr.read()
+        self.assertEqual((process.returncode, stderr), (0, ""))
+        (path,) = (self.folder / "logs").glob("*/result.json")
+        self.assertEqual(json.loads(path.read_text())["status"], "finished")
 
     def test_ctrl_c(self):
         command = [sys.executable, ROOT / "train.py", *self.options("--num_epochs", "1000")]
-        with subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        # Under nohup and in some CI, SIGINT is ignored, and a child would inherit that.
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
+            watchdog = threading.Timer(100, process.kill)
+            watchdog.start()
+            self.addCleanup(watchdog.cancel)
             for line in process.stdout:
                 if line.startswith("epoch  2/"):
                     process.send_signal(signal.SIGINT)
                     break
             _, stderr = process.communicate()
         self.assertEqual((process.returncode, stderr), (130, ""))
-        folder, = (self.folder / "logs").iterdir()
+        (folder,) = (self.folder / "logs").iterdir()
         stored = json.loads((folder / "result.json").read_text())
         self.assertEqual(stored["status"], "interrupted")
         self.assertGreaterEqual(len(stored["epochs"]), 2)
@@ -1235,12 +1373,18 @@ class TestTrain(FilesCase):
             (["--train_mode", "rotated"], ["rotated", "centered", "shifted"]),
             (["--precision", "fp8"], ["fp8", "fp32", "bf16"]),
             (["--frequency", "1"], ["--frequency"]),
+            (["--log_dir", ""], ["log_dir", "a path"]),
+            (["--dataset", "digits", "--mnist_root", "x"], ["mnist_root", "digits"]),
         ]:
             with self.subTest(options):
                 self.assertFails(train.main, *self.options(*options), contains=contains)
         self.assertFails(train.main, contains="--model")
-        with self.assertRaisesRegex(ValueError, "model must be one of"):
-            train.Config("resnet")
+        for bad in ({"model": "resnet"}, {"model": ["mobius_regular"]}, {"num_epochs": 2.5}, {"batch_size": "16"}, {"seed": 1.5}, {"lr": "0.1"}):
+            (name,) = bad
+            with self.assertRaisesRegex(ValueError, f"{name} must be"):
+                train.Config(**{"model": "mobius_regular"} | bad)
+        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
+            self.assertFails(train.main, *self.options("--tensorboard"), contains="--no-tensorboard")
         with mock.patch("torch.cuda.is_available", return_value=False):
             self.assertFails(train.main, *self.options("--device", "cuda"), contains=["--device cuda", "--device cpu"])
             self.assertEqual(train.select_device("auto").type, "cpu")
