@@ -1412,6 +1412,77 @@ class TestTrain(FilesCase):
         self.assertEqual([path.name for path in self.folder.iterdir()], ["digits.npz"])
 
 
+# ======================================================================================================
+# README.md
+
+
+class TestReadme(FilesCase):
+    TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def rows(self, first):
+        """Cells of the table rows whose first cell is `first`."""
+        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in self.TEXT.splitlines() if line.startswith("|")]
+        return [row for row in table if row[0] == first]
+
+    def test_commands(self):
+        setup = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python "
+        commands = [line for block in re.findall(r"```sh\n(.*?)```", self.TEXT, re.DOTALL) for line in block.splitlines()]
+        self.assertEqual(commands[:2], [setup + "train.py --model mobius_regular --dataset digits", setup + "unit_tests.py"])
+        for command in commands[3:]:
+            _, script, *options = command.split("#")[0].split()
+            parser = {"train.py": train.command_line, "convert_mnist.py": convert_mnist.command_line}[script]()
+            parser.parse_args(options)
+
+    def test_options(self):
+        for module, file in ((train, "train.py"), (convert_mnist, "convert_mnist.py")):
+            for action in module.command_line()._actions[1:]:
+                names = ", ".join(f"`{name}`" for name in action.option_strings)
+                rows = self.rows(names)
+                self.assertTrue(rows, f"{file} {names}")
+                if action.default is not None and action.default is not True:
+                    shown = [row[1].strip("`") for row in rows]
+                    self.assertTrue(any(value == str(action.default) or value.replace(".", "", 1).replace("e-", "", 1).isdigit()
+                                        and float(value) == action.default for value in shown), f"{file} {names} {shown}")
+
+    def test_parameters(self):
+        for name, count in TestModels.PARAMETERS.items():
+            (row,) = [row for row in self.rows(f"`{name}`") if len(row) == 4]
+            self.assertEqual(row[3], f"{count:,}")
+            if name.startswith("mobius"):
+                base = MODES[name.removeprefix("mobius_")]
+                self.assertEqual(row[2], str(tuple(4 * m for m in base)))
+
+    def test_files(self):
+        for link in re.findall(r"\]\(([^)#:]+)\)", self.TEXT):
+            self.assertTrue((ROOT / link).exists(), link)
+
+    def test_snippets(self):
+        snippets = re.findall(r"```python\n(.*?)```", self.TEXT, re.DOTALL)
+        self.assertEqual(len(snippets), 2)
+        torch.save(build_model("mobius_regular").state_dict(), self.folder / "weights.pt")
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        for snippet in snippets:
+            exec(snippet, {})
+
+    def test_results(self):
+        """Each measured figure in the README is that of the files in results/."""
+        groups = {}
+        for path in sorted((ROOT / "results" / "runs").glob("*.json")):
+            result = json.loads(path.read_text())
+            self.assertEqual(result["status"], "finished", path)
+            config = result["config"]
+            groups.setdefault((config["dataset"], config["model"], config["train_mode"]), []).append(result)
+        self.assertTrue(groups)
+        for (dataset, model, _), results in groups.items():
+            cells = [" ".join(row) for row in self.rows(f"`{model}`") if row[1] == {"mnist": "MNIST", "digits": "digits"}[dataset]]
+            self.assertEqual(len(cells), 1, f"{dataset} {model}")
+            self.assertIn(", ".join(str(result["config"]["seed"]) for result in results), cells[0])
+            for version in ("shifted", "centered"):
+                errors = ", ".join(f"{result['test_error'][version]:.2f}" for result in results)
+                self.assertIn(errors, cells[0], f"{dataset} {model} {version}")
+
+
 def main() -> None:
     """Run the tests and close with a line that counts them."""
     program = unittest.main(exit=False, warnings="ignore")  # PyTorch's about itself
