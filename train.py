@@ -24,7 +24,8 @@ import platform
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, fields as dataclass_fields
+from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from importlib import metadata
 from pathlib import Path
 

@@ -23,8 +23,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 import threading
+import time
 import unittest
 import zipfile
 from pathlib import Path
@@ -487,13 +487,13 @@ class TestMobiusPool(Case):
             1: [[range(w, min(w + 2, width)) for w in range(0, width, 2)], [range(max(w, 0), w + 2) for w in range(-1, width, 2)]],
         }[width % 2]
         y = torch.zeros(n, c, (width + 1) // 2, (length + 1) // 2, dtype=x.dtype)
-        for i, j, l in itertools.product(range(n), range(c), range(y.shape[3])):
+        for i, j, column in itertools.product(range(n), range(c), range(y.shape[3])):
             for windows in rows:
                 for w, window in enumerate(windows):
-                    values = [x[i, j, r, column].item() for r in window for column in (2 * l, 2 * l + 1)]
+                    values = [x[i, j, r, l].item() for r in window for l in (2 * column, 2 * column + 1)]
                     # max() keeps the first of equals: of +a and -a the positive one.
                     odd = triv <= j < triv + sign
-                    y[i, j, w, l] += max(sorted(values, reverse=True), key=abs) if odd else max(values)
+                    y[i, j, w, column] += max(sorted(values, reverse=True), key=abs) if odd else max(values)
         return y / len(rows)
 
     def test_values(self):
@@ -664,8 +664,12 @@ class TestModels(Case):
 
     @staticmethod
     def classifier():
-        norm = lambda n: {"weight": (n,), "bias": (n,), "running_mean": (n,), "running_var": (n,), "num_batches_tracked": ()}
-        linear = lambda i, o: {"weight": (o, i), "bias": (o,)}
+        def norm(n):
+            return {"weight": (n,), "bias": (n,), "running_mean": (n,), "running_var": (n,), "num_batches_tracked": ()}
+
+        def linear(i, o):
+            return {"weight": (o, i), "bias": (o,)}
+
         layers = {0: norm(64), 3: linear(64, 32), 4: norm(32), 7: linear(32, 10)}
         return {f"classifier.{index}.{key}": shape for index, layer in layers.items() for key, shape in layer.items()}
 
@@ -821,6 +825,20 @@ class FilesCase(Case):
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
 
 
+@contextlib.contextmanager
+def not_installed(module: str):
+    """Imports of `module` fail. (mock.patch.dict would also forget every other module imported meanwhile.)"""
+    absent = object()
+    before = sys.modules.get(module, absent)
+    sys.modules[module] = None
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+        if before is not absent:
+            sys.modules[module] = before
+
+
 def write_idx(path: Path, array: np.ndarray) -> None:
     """MNIST's own format: magic number, shape, bytes."""
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
@@ -929,8 +947,16 @@ class TestConvertMNIST(FilesCase):
         write_idx(small, np.zeros((100, 28, 28)))
         high = self.folder / "high"
         write_idx(high, np.full(60_000, 10))
-        for path, content in [(images, whole[images][:1_000_000]), (labels, whole[labels][:100]), (images, b""), (images, b"no digits" * 9),
-                              (images, small.read_bytes()), (labels, high.read_bytes()), (images, gzip.compress(b"digits")), (labels, whole[images])]:
+        for path, content in [
+            (images, whole[images][:1_000_000]),
+            (labels, whole[labels][:100]),
+            (images, b""),
+            (images, b"no digits" * 9),
+            (images, small.read_bytes()),
+            (labels, high.read_bytes()),
+            (images, gzip.compress(b"digits")),
+            (labels, whole[images]),
+        ]:
             path.write_bytes(content)
             with self.subTest(path=path.name, content=content[:20]):
                 self.assertFails(convert_mnist.main, "--mnist_root", self.folder, "--out", self.folder / "out.npz",
@@ -971,7 +997,7 @@ class TestConvertMNIST(FilesCase):
 
     def test_without_torchvision(self):
         write_fake_mnist(self.folder)
-        with mock.patch.dict(sys.modules, {"torchvision.datasets": None}):
+        with not_installed("torchvision.datasets"):
             self.assertFails(convert_mnist.main, "--mnist_root", self.folder, contains="torchvision")
             convert_mnist.convert("digits", self.folder / "digits.npz")
 
@@ -1002,11 +1028,13 @@ class TestConvertMNIST(FilesCase):
 
     def test_unwritable(self):
         (self.folder / "file").write_text("")
-        self.assertFails(convert_mnist.main, "--source", "digits", "--out", self.folder / "file" / "out.npz", contains=["cannot write", "out.npz"])
+        self.assertFails(convert_mnist.main, "--source", "digits", "--out", self.folder / "file" / "out.npz",
+                         contains=["cannot write", "out.npz"])
         fifo = self.folder / "fifo"
         os.mkfifo(fifo)
         for target in (fifo, self.folder):
-            self.assertFails(convert_mnist.main, "--source", "digits", "--out", target, contains=["cannot write", str(target), "not a file"])
+            self.assertFails(convert_mnist.main, "--source", "digits", "--out", target,
+                             contains=["cannot write", str(target), "not a file"])
         self.assertTrue(fifo.is_fifo())
 
     def test_a_link_stays_a_link(self):
@@ -1333,8 +1361,11 @@ class TestTrain(FilesCase):
     def test_ctrl_c(self):
         command = [sys.executable, ROOT / "train.py", *self.options("--num_epochs", "1000")]
         # Under nohup and in some CI, SIGINT is ignored, and a child would inherit that.
-        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-        with subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
+        def heed():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        command = [str(c) for c in command]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
             watchdog = threading.Timer(100, process.kill)
             watchdog.start()
             self.addCleanup(watchdog.cancel)
@@ -1379,11 +1410,12 @@ class TestTrain(FilesCase):
             with self.subTest(options):
                 self.assertFails(train.main, *self.options(*options), contains=contains)
         self.assertFails(train.main, contains="--model")
-        for bad in ({"model": "resnet"}, {"model": ["mobius_regular"]}, {"num_epochs": 2.5}, {"batch_size": "16"}, {"seed": 1.5}, {"lr": "0.1"}):
+        for bad in ({"model": "resnet"}, {"model": ["mobius_regular"]}, {"num_epochs": 2.5}, {"batch_size": "16"},
+                    {"seed": 1.5}, {"lr": "0.1"}):
             (name,) = bad
             with self.assertRaisesRegex(ValueError, f"{name} must be"):
                 train.Config(**{"model": "mobius_regular"} | bad)
-        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
+        with not_installed("torch.utils.tensorboard"):
             self.assertFails(train.main, *self.options("--tensorboard"), contains="--no-tensorboard")
         with mock.patch("torch.cuda.is_available", return_value=False):
             self.assertFails(train.main, *self.options("--device", "cuda"), contains=["--device cuda", "--device cpu"])
