@@ -1209,6 +1209,24 @@ class TestTrain(FilesCase):
             losses = [record["train_loss"] for record in result["epochs"]]
             self.assertLess(losses[-1], losses[0] - 0.1, model)
 
+    def test_is_a_plain_training_loop(self):
+        """Two epochs written out: the same weights, bit for bit."""
+        _, folder, _ = self.train(seed=3, lr_decay_period=1, weight_decay=0.01)
+        digits = data_loader.load_dataset(self.data)["train_centered"]
+        torch.manual_seed(3)
+        order = torch.Generator().manual_seed(3)
+        model = build_model("mobius_regular").train()
+        optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.01)
+        for lr in (5e-3, 2.5e-3):
+            optimizer.param_groups[0]["lr"] = lr
+            for index in torch.randperm(64, generator=order).reshape(4, 16):
+                optimizer.zero_grad()
+                F.cross_entropy(model(digits.images[index]), digits.labels[index]).backward()
+                optimizer.step()
+        trained = torch.load(folder / "weights.pt", weights_only=True)
+        for name, value in model.state_dict().items():
+            self.assertTrue(torch.equal(trained[name], value), name)
+
     def test_result_file(self):
         result, folder, printed = self.train(tensorboard=True, seed=5)
         stored = json.loads((folder / "result.json").read_text())
