@@ -64,6 +64,8 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message) -> None:
         one_line = " ".join(str(message).split())
+        if one_line.startswith("unrecognized arguments"):
+            one_line += f" ({self.prog} -h lists the options)"
         self.exit(2, f"{self.prog}: error: {one_line}\n")
 
 

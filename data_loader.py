@@ -14,10 +14,6 @@ CLASSES = 10
 KEYS = tuple(f"{split}_{array}" for split in ("train", "test") for array in ("data_shifted", "data_centered", "labels"))
 
 
-def _remedy(path) -> str:
-    return f"python convert_mnist.py --out {path} (for scikit-learn's digits with --source digits) makes a good one"
-
-
 def _read_arrays(path) -> dict[str, np.ndarray]:
     try:
         # Not np.load, which takes whatever is no zip archive for a pickle.
@@ -30,7 +26,7 @@ def _read_arrays(path) -> dict[str, np.ndarray]:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged archive can fail in any part of zipfile, zlib, tokenize and NumPy
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{path} is not a complete npz of Möbius strip digits: {reason}; {_remedy(path)}") from error
+        raise ValueError(f"{path} is not a complete npz of Möbius strip digits: {reason}") from error
 
 
 def load_dataset(path, device="cpu") -> dict[str, Split]:
@@ -52,7 +48,7 @@ def load_dataset(path, device="cpu") -> dict[str, Split]:
 
     def require(holds: bool, key: str, fault: str) -> None:
         if not holds:
-            raise ValueError(f"{path}: {key} has {fault}; {_remedy(path)}")
+            raise ValueError(f"{path}: {key} has {fault}")
 
     dataset = {}
     for split in ("train", "test"):

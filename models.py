@@ -1,6 +1,6 @@
 """The networks of the Möbius MNIST experiment, and the table of their seven names.
 
-    python models.py        prints each model's class, field types and number of parameters
+    python models.py        prints each model's class, number of parameters and first field types
 
 Source: arXiv:2106.06020, Section 5, Tables 4 and 5.
 """
@@ -171,8 +171,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 if __name__ == "__main__":
-    print(f"{'--model':18} {'class':15} {'parameters':>10}   base multiplicities (m_triv, m_sign, m_reg)")
+    print(f"{'--model':18} {'class':15} {'parameters':>10}   fields of the first convolution (m_triv, m_sign, m_reg)")
     for name in MODELS:
         model = build_model(name)
-        base = MODES[model.mode] if isinstance(model, MobiusGaugeCNN) else ""
-        print(f"{name:18} {type(model).__name__:15} {count_parameters(model):10,}   {base}")
+        first = tuple(model.mobius_cnn[0].out_fields) if isinstance(model, MobiusGaugeCNN) else ""
+        print(f"{name:18} {type(model).__name__:15} {count_parameters(model):10,}   {first}")

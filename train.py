@@ -125,15 +125,26 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def find_data(config: Config) -> Path:
-    """The npz of a run, made first where it is the data set's own and not there yet."""
+def find_data(config: Config, device: torch.device) -> tuple[Path, dict[str, Split]]:
+    """The npz of a run and what is in it, made first where it is the data set's own and not there yet.
+
+    Raises:
+        ValueError, OSError: with the way out, for an npz that cannot be read or made.
+    """
     if config.data is not None:
-        return Path(config.data)
-    path = SOURCES[config.dataset].path
-    if not path.exists():
-        print(f"making {path}")
-        convert(config.dataset, path, mnist_root=config.mnist_root)
-    return path
+        path, way_out = Path(config.data), "--data takes an npz as python convert_mnist.py makes it"
+    else:
+        path = SOURCES[config.dataset].path
+        way_out = "delete it, and it is made anew"
+        if not path.exists():
+            print(f"making {path}", flush=True)
+            convert(config.dataset, path, mnist_root=config.mnist_root)
+        elif config.mnist_root is not None:
+            print(f"{path} is there already: --mnist_root is not read", flush=True)
+    try:
+        return path, load_dataset(path, device)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"{error}; {way_out}") from error
 
 
 def describe_environment(device: torch.device) -> dict:
@@ -194,10 +205,14 @@ class RunFolder:
                     continue
             raise OSError("no free name left")
         except OSError as error:
-            raise OSError(f"cannot make a folder in --log_dir {log_dir}: {error.strerror or error}") from error
+            reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+            raise OSError(f"cannot make a folder in --log_dir {log_dir}: {reason}") from error
+
+    def log(self, line: str) -> None:
+        print(line, file=self._log, flush=True)
 
     def say(self, line: str) -> None:
-        print(line, file=self._log, flush=True)
+        self.log(line)
         try:
             print(line, flush=True)
         except BrokenPipeError:  # nobody reads on (| head): no reason to stop training
@@ -241,8 +256,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = select_device(config.device)
-        data_path = find_data(config)
-        dataset = load_dataset(data_path, self.device)
+        data_path, dataset = find_data(config, self.device)
         self.training_set = dataset[f"train_{config.train_mode}"]
         self.test_sets = {version: dataset[f"test_{version}"] for version in config.test_versions}
         digits = len(self.training_set.labels)
@@ -387,7 +401,10 @@ class Run:
         line = f"{status} after {len(self.result['epochs'])} of {self.config.num_epochs} epochs"
         with contextlib.suppress(OSError):  # a full disk: what was saved before stays, and the cause is reported
             self.folder.save_result(self.result)
-            self.folder.say(f"{line}{': ' if reason else ''}{reason or ''}  ({self.folder.path})")
+            if reason:  # told by whoever catches the error
+                self.folder.log(f"{line}: {reason}")
+            else:
+                self.folder.say(f"{line}  ({self.folder.path})")
 
 
 @torch.no_grad()
@@ -414,7 +431,6 @@ def command_line() -> CommandLine:
     def add(name, text, **kwargs):
         if name != "model":
             kwargs["default"] = defaults[name]
-            # BooleanOptionalAction tells its default itself.
             text += "" if defaults[name] is None or defaults[name] is True else " (%(default)s)"
         parser.add_argument(f"--{name}", help=text, **kwargs)
 
@@ -435,7 +451,7 @@ def command_line() -> CommandLine:
     add("device", "auto is cuda where there is one", choices=DEVICES)
     add("precision", "bf16: automatic mixed precision", choices=PRECISIONS)
     add("log_dir", "the run's folder is made in it", metavar="FOLDER")
-    add("tensorboard", "write TensorBoard events or not", action=argparse.BooleanOptionalAction)
+    add("tensorboard", "write TensorBoard events, as is the default, or not", action=argparse.BooleanOptionalAction)
     return parser
 
 

@@ -1105,13 +1105,13 @@ class TestDataLoader(FilesCase):
 
         def run():
             return self.assertFails(train.main, "--model", "mobius_regular", "--data", path, "--log_dir", self.folder / "logs",
-                                    contains=[str(path)])
+                                    contains=[str(path), "--data takes an npz as python convert_mnist.py makes it"])
 
         self.assertIn("No such file", run())
         for raw in (b"", b"text", content[:len(content) // 2], content[:-10], content[:5000] + bytes(100) + content[5100:]):
             path.write_bytes(raw)
             with self.subTest(len(raw)):
-                self.assertIn("convert_mnist.py", run())
+                self.assertIn("not a complete npz", run())
         for key in data_loader.KEYS:
             write_npz(path, **{key: None})
             self.assertIn(f"no {key}", run())
@@ -1333,6 +1333,13 @@ class TestTrain(FilesCase):
             before = path.stat().st_mtime_ns
             train.Run(self.config(data=None, dataset="digits")).folder.close()
             self.assertEqual(path.stat().st_mtime_ns, before)
+            path.write_bytes(b"damaged")
+            self.assertFails(train.main, "--model", "mobius_regular", "--dataset", "digits",
+                             contains=[str(path), "delete it, and it is made anew"])
+            os.replace(self.data, self.folder / "data" / "mobius_MNIST.npz")
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                train.Run(self.config(data=None, mnist_root="nowhere")).folder.close()
+            self.assertIn("--mnist_root is not read", printed.getvalue())
 
     def test_loss_that_is_not_finite(self):
         config = self.config()
@@ -1421,7 +1428,7 @@ class TestTrain(FilesCase):
             (["--model", "resnet"], ["resnet", *MODELS]),
             (["--train_mode", "rotated"], ["rotated", "centered", "shifted"]),
             (["--precision", "fp8"], ["fp8", "fp32", "bf16"]),
-            (["--frequency", "1"], ["--frequency"]),
+            (["--frequency", "1"], ["--frequency", "-h lists the options"]),
             (["--log_dir", ""], ["log_dir", "a path"]),
             (["--dataset", "digits", "--mnist_root", "x"], ["mnist_root", "digits"]),
         ]:
@@ -1509,7 +1516,9 @@ class TestReadme(FilesCase):
     def test_snippets(self):
         snippets = re.findall(r"```python\n(.*?)```", self.TEXT, re.DOTALL)
         self.assertEqual(len(snippets), 2)
-        torch.save(build_model("mobius_regular").state_dict(), self.folder / "weights.pt")
+        run = self.folder / re.search('run = "(.*)"', snippets[1])[1]
+        run.mkdir(parents=True)
+        torch.save(build_model("mobius_regular").state_dict(), run / "weights.pt")
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
         for snippet in snippets:
