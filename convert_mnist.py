@@ -125,13 +125,14 @@ def _has_mnist(folder: Path) -> bool:
 
 def _download_mnist(root: Path) -> None:
     """Download MNIST's files to ``root/MNIST/raw``, where they appear once all are complete."""
+    mnist = _torchvision_mnist()  # not below: not installed is another fault than no network
     root.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as temporary:
         try:
             socket.setdefaulttimeout(30)  # a silent network should not hang the command for minutes
             with contextlib.redirect_stdout(io.StringIO()):  # "Failed to download (trying next)"
-                _torchvision_mnist()(temporary, download=True)
+                mnist(temporary, download=True)
         except Exception as error:  # whatever a network can do
             raise ValueError(
                 f"could not download MNIST ({str(error).split(':')[0]}): give --mnist_root a folder with "
@@ -159,7 +160,6 @@ def load_mnist(root=None) -> tuple[Split, Split]:
     if root is None:
         folder = DATA_FOLDER / "MNIST" / "raw"
         if not _has_mnist(folder):
-            _torchvision_mnist()  # not installed is another fault than no network
             _download_mnist(DATA_FOLDER)
     else:
         folders = [Path(root) / "MNIST" / "raw", Path(root)]
@@ -211,7 +211,9 @@ def load_digits() -> tuple[Split, Split]:
 
 
 class Source(NamedTuple):
-    """load: reads the digits. file: name of the npz. train_size: training digits unless asked otherwise, and at most."""
+    """load: reads the digits, from a folder where they need one. file: name of the npz.
+    train_size, largest_train_size: training digits unless asked otherwise, and at most.
+    """
 
     load: Callable[..., tuple[Split, Split]]
     file: str
@@ -227,7 +229,7 @@ class Source(NamedTuple):
 SOURCES = {
     # As many training digits as rotated MNIST has.
     "mnist": Source(load_mnist, "mobius_MNIST.npz", 12_000, 60_000),
-    "digits": Source(load_digits, "mobius_digits.npz", 1_297, 1_297),
+    "digits": Source(lambda root: load_digits(), "mobius_digits.npz", 1_297, 1_297),
 }
 
 
@@ -272,7 +274,7 @@ def convert(source: str = "mnist", path=None, *, mnist_root=None, train_size: in
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be 0 … 2**32 - 1, got {seed}")
 
-    train, test = load(mnist_root) if source == "mnist" else load()
+    train, test = load(mnist_root)
     arrays = {}
     for stream, (name, images, labels) in enumerate([
         ("train", train.images[:train_size], train.labels[:train_size]),

@@ -135,13 +135,20 @@ def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
     return blocks
 
 
+def map_types(x: Tensor, fields: Fields, functions: dict[str, Callable[[Tensor], Tensor]]) -> Tensor:
+    """Apply ``functions[type]`` to the channels of each field type."""
+    blocks = split_types(x, fields)
+    if len(blocks) == 1:  # no copy of what is all of one type
+        return functions[next(iter(blocks))](x)
+    return torch.cat([functions[name](block) for name, block in blocks.items()], dim=1)
+
+
 def map_pointwise(x: Tensor, fields: Fields, function: Callable, odd_function: Callable) -> Tensor:
     """Apply `function` to the channels that rho(s) permutes and `odd_function` to those whose sign it flips."""
-    blocks = split_types(x, fields)
-    functions = {name: function if REPRESENTATIONS[name].permutes else odd_function for name in blocks}
-    if all(f is function for f in functions.values()):  # one call for all, and no copy
+    if all(rep.permutes or not m for rep, m in zip(REPRESENTATIONS.values(), fields)):  # one call for all types
         return function(x)
-    return torch.cat([functions[name](block) for name, block in blocks.items()], dim=1)
+    functions = {name: function if rep.permutes else odd_function for name, rep in REPRESENTATIONS.items()}
+    return map_types(x, fields, functions)
 
 
 def gauge_transform(x: Tensor, fields) -> Tensor:
@@ -166,10 +173,7 @@ def gauge_transform(x: Tensor, fields) -> Tensor:
 
 
 def _rho_s(x: Tensor, fields: Fields) -> Tensor:
-    blocks = split_types(x, fields)
-    if len(blocks) == 1:  # no copy of what is all of one type
-        return REPRESENTATIONS[next(iter(blocks))].rho_s(x)
-    return torch.cat([REPRESENTATIONS[name].rho_s(block) for name, block in blocks.items()], dim=1)
+    return map_types(x, fields, {name: rep.rho_s for name, rep in REPRESENTATIONS.items()})
 
 
 def cross_cut(x: Tensor, fields: Fields) -> Tensor:

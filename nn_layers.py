@@ -197,9 +197,11 @@ class MobiusConv(nn.Module):
             return None
         parts = []
         for name, bias in biases.items():
-            dim, _, _, invariant_bias = REPRESENTATIONS[name]
-            zeros = given[0].new_zeros(dim * getattr(self.out_fields, name))
-            parts.append(zeros if bias is None else invariant_bias(bias))
+            rep = REPRESENTATIONS[name]
+            if bias is None:
+                parts.append(given[0].new_zeros(rep.dim * getattr(self.out_fields, name)))
+            else:
+                parts.append(rep.invariant_bias(bias))
         return torch.cat(parts)
 
     def forward(self, x: Tensor) -> Tensor:
