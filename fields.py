@@ -30,11 +30,22 @@ class Fields(NamedTuple):
     triv: int
     sign: int
     reg: int
+    planar = False
 
     @property
     def channels(self) -> int:
         """Number of channels C = m_triv + m_sign + 2 m_reg."""
         return sum(m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, self))
+
+
+class PlanarFields(Fields):
+    """The same fields with their channels in another order: all first ones of regular fields, then all second ones.
+
+    For networks that are faster for it; layers and functions that are given such fields expect and return this order.
+    """
+
+    __slots__ = ()
+    planar = True
 
 
 class Representation(NamedTuple):
@@ -62,11 +73,16 @@ def _negate(x: Tensor) -> Tensor:
 
 def interleave(first: Tensor, second: Tensor, dim: int) -> Tensor:
     """Channels of regular fields on `dim`, from the first and the second channels of all of them."""
+    dim %= first.ndim
     return torch.stack([first, second], dim=dim + 1).flatten(dim, dim + 1)
 
 
 def _swap_pairs(x: Tensor) -> Tensor:
     return x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+
+
+def _swap_planes(x: Tensor) -> Tensor:
+    return x.unflatten(1, (2, -1)).flip(1).flatten(1, 2)
 
 
 REPRESENTATIONS = {
@@ -75,6 +91,22 @@ REPRESENTATIONS = {
     "sign": Representation(1, _negate, False, None),
     "reg": Representation(2, _swap_pairs, True, lambda bias: interleave(bias, bias, dim=0)),
 }
+
+
+def arrange_channels(x: Tensor, fields: Fields, dim: int = 1) -> Tensor:
+    """From adjacent channels of regular fields on `dim` to the order of `fields`."""
+    if not fields.planar or not fields.reg:
+        return x
+    scalars, pairs = x.split((fields.triv + fields.sign, 2 * fields.reg), dim)
+    return torch.cat([scalars, *pairs.unflatten(dim, (-1, 2)).unbind(dim + 1)], dim)
+
+
+def adjacent_channels(x: Tensor, fields: Fields, dim: int = 1) -> Tensor:
+    """From the order of `fields` to adjacent channels of regular fields on `dim`."""
+    if not fields.planar or not fields.reg:
+        return x
+    scalars, first, second = x.split((fields.triv + fields.sign, fields.reg, fields.reg), dim)
+    return torch.cat([scalars, interleave(first, second, dim)], dim)
 
 
 def as_integer(value, name: str, allowed: str = "an integer") -> int:
@@ -98,8 +130,9 @@ def as_fields(fields, name: str = "fields") -> Fields:
         ValueError: if they are anything else.
     """
     try:
-        fields = tuple(fields)
-        parsed = Fields(*(as_integer(m, name) for m in fields))
+        fields = fields if isinstance(fields, Fields) else tuple(fields)
+        kind = type(fields) if isinstance(fields, Fields) else Fields
+        parsed = kind(*(as_integer(m, name) for m in fields))
         if min(parsed) < 0 or max(parsed) == 0:
             raise ValueError
     except (TypeError, ValueError):
@@ -126,13 +159,8 @@ def check_features(x: Tensor, fields: Fields) -> None:
 
 def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
     """Views of the channels of each field type that occurs in `fields`, in the order of the channels."""
-    blocks, start = {}, 0
-    for name, m in zip(REPRESENTATIONS, fields):
-        if m:
-            width = m * REPRESENTATIONS[name].dim
-            blocks[name] = x.narrow(1, start, width)
-            start += width
-    return blocks
+    sizes = {name: m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, fields) if m}
+    return dict(zip(sizes, x.split(list(sizes.values()), dim=1)))
 
 
 def map_types(x: Tensor, fields: Fields, functions: dict[str, Callable[[Tensor], Tensor]]) -> Tensor:
@@ -173,7 +201,10 @@ def gauge_transform(x: Tensor, fields) -> Tensor:
 
 
 def _rho_s(x: Tensor, fields: Fields) -> Tensor:
-    return map_types(x, fields, {name: rep.rho_s for name, rep in REPRESENTATIONS.items()})
+    functions = {name: rep.rho_s for name, rep in REPRESENTATIONS.items()}
+    if fields.planar:
+        functions["reg"] = _swap_planes
+    return map_types(x, fields, functions)
 
 
 def cross_cut(x: Tensor, fields: Fields) -> Tensor:

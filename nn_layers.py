@@ -4,14 +4,18 @@
     MobiusConv        convolution with steerable (reflection equivariant) kernels
     EquivNonlin       a nonlinearity for each field type
     MobiusPool        2 x 2 pooling for each field type
+    TransportPad      transport_pad as a module, for networks that are exported to plain torch.nn
     MobiusPadNaive    padding for conventional CNNs, which know nothing of frames
+    MobiusConvNaive   that padding and nn.Conv2d in one
 
 Every equivariant layer keeps the field types that it maps between as `in_fields` and `out_fields`.
-Feature maps have the shape ``(N, C, W, L)`` and the channel layout of `fields.py`.
+Feature maps have the shape ``(N, C, W, L)`` and the channel layout of `fields.py`. On a CPU all layers are
+faster in the memory format channels_last, MobiusConv most of all.
 
 Source: arXiv:2106.06020, Section 5.
 """
 
+import copy
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -20,9 +24,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import spectral
 from fields import (
     REPRESENTATIONS,
     Fields,
+    arrange_channels,
     as_fields,
     as_integer,
     check_features,
@@ -53,13 +59,70 @@ def transport_pad(x: Tensor, pad: int, fields) -> Tensor:
     """
     fields = as_fields(fields)
     check_features(x, fields)
-    pad, length = as_integer(pad, "pad"), x.shape[3]
+    pad = as_integer(pad, "pad")
+    _check_length(x, pad)
+    return F.pad(_pad_columns(x, pad, fields), (0, 0, pad, pad))
+
+
+def _check_length(x: Tensor, pad: int) -> None:
+    length = x.shape[3]
     if not 0 <= pad <= length:
         raise ValueError(f"padding by {pad} columns needs a strip of at least that length, got L = {length}")
-    # narrow, not x[..., -pad:], which is everything when pad is 0.
-    left = cross_cut(x.narrow(3, length - pad, pad), fields)
-    right = cross_cut(x.narrow(3, 0, pad), fields)
-    return F.pad(torch.cat([left, x, right], dim=3), (0, 0, pad, pad))
+
+
+class _PadColumns(torch.autograd.Function):
+    """Pad along the length only. Autograd's own gradient would fill three feature maps with zeros, to add them up."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, pad: int, fields: Fields) -> Tensor:
+        # narrow, not x[..., -pad:], which is everything when pad is 0.
+        left = cross_cut(x.narrow(3, x.shape[3] - pad, pad), fields)
+        right = cross_cut(x.narrow(3, 0, pad), fields)
+        return torch.cat([left, x, right], dim=3)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, ctx.pad, ctx.fields = inputs
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _FoldColumns.apply(grad, ctx.pad, ctx.fields), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_):
+        return _PadColumns.apply(tangent, ctx.pad, ctx.fields)
+
+
+class _FoldColumns(torch.autograd.Function):
+    """The transpose of `_PadColumns`: adds what stands beside the strip to where it came from. rho(s) is orthogonal."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, pad: int, fields: Fields) -> Tensor:
+        length = x.shape[3] - 2 * pad
+        inner = x.narrow(3, pad, length).clone()
+        inner.narrow(3, length - pad, pad).add_(cross_cut(x.narrow(3, 0, pad), fields))
+        inner.narrow(3, 0, pad).add_(cross_cut(x.narrow(3, pad + length, pad), fields))
+        return inner
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, ctx.pad, ctx.fields = inputs
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _PadColumns.apply(grad, ctx.pad, ctx.fields), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_):
+        return _FoldColumns.apply(tangent, ctx.pad, ctx.fields)
+
+
+def _pad_columns(x: Tensor, pad: int, fields: Fields) -> Tensor:
+    return _PadColumns.forward(x, pad, fields) if torch.compiler.is_compiling() else _PadColumns.apply(x, pad, fields)
 
 
 def _odd_kernel_size(kernel_size) -> int:
@@ -70,9 +133,19 @@ def _odd_kernel_size(kernel_size) -> int:
     return size
 
 
+def _sign_channels(x: Tensor, fields: Fields) -> Tensor:
+    return x.narrow(1, fields.triv, fields.sign)
+
+
 # ------------------------------------------------------------------------------------------------------
 # Steerable kernels: K(s.v) = rho_out(s) K(v) rho_in(s)^-1, where s.v flips the kernel's width axis (dim 2).
-# One half of such a kernel determines the other. What is stored of a block, and how the whole follows:
+# For a regular output field this gives the second channel, K₂(v) = K₁(s.v) rho_in(s), and leaves the first one
+# free; for the others it ties one half of the kernel to the other. What is stored, and how the rest follows:
+
+
+def _free(first: Tensor) -> Tensor:
+    """Stored is the part K₁ that maps to the first channel of the output field."""
+    return first
 
 
 def _symmetric(upper: Tensor) -> Tensor:
@@ -86,18 +159,13 @@ def _antisymmetric(upper: Tensor) -> Tensor:
     return torch.cat([upper, upper.new_zeros(o, i, 1, k), -upper.flip(2)], dim=2)
 
 
-def _to_regular(first: Tensor, in_type: str) -> Tensor:
-    """K₂(v) = K₁(s.v) rho_in(s): stored is the part K₁ that maps to the first channel of the output field."""
-    return interleave(first, REPRESENTATIONS[in_type].rho_s(first.flip(2)), dim=0)
-
-
 def _from_regular(first: Tensor, sign: int) -> Tensor:
     """K₂(v) = ± K₁(s.v): stored is the part K₁ that reads the first channel of the input field."""
     return interleave(first, sign * first.flip(2), dim=1)
 
 
 class SteerableBlock(NamedTuple):
-    """columns: stored input channels for each input field. rows: stored rows of k. expand: stored -> block."""
+    """columns: stored input channels for each input field. rows: stored rows of k. expand: stored -> first channels."""
 
     columns: int
     rows: Callable[[int], int]
@@ -105,24 +173,73 @@ class SteerableBlock(NamedTuple):
 
 
 STEERABLE_BLOCKS = {
-    # (in, out)      columns  rows stored of k     the whole block
+    # (in, out)      columns  rows stored of k     the block of each output field's first channel
     ("triv", "triv"): SteerableBlock(1, lambda k: k // 2 + 1, _symmetric),
     ("sign", "triv"): SteerableBlock(1, lambda k: k // 2, _antisymmetric),
     ("reg", "triv"): SteerableBlock(1, lambda k: k, partial(_from_regular, sign=1)),
     ("triv", "sign"): SteerableBlock(1, lambda k: k // 2, _antisymmetric),
     ("sign", "sign"): SteerableBlock(1, lambda k: k // 2 + 1, _symmetric),
     ("reg", "sign"): SteerableBlock(1, lambda k: k, partial(_from_regular, sign=-1)),
-    ("triv", "reg"): SteerableBlock(1, lambda k: k, partial(_to_regular, in_type="triv")),
-    ("sign", "reg"): SteerableBlock(1, lambda k: k, partial(_to_regular, in_type="sign")),
-    ("reg", "reg"): SteerableBlock(2, lambda k: k, partial(_to_regular, in_type="reg")),
+    ("triv", "reg"): SteerableBlock(1, lambda k: k, _free),
+    ("sign", "reg"): SteerableBlock(1, lambda k: k, _free),
+    ("reg", "reg"): SteerableBlock(2, lambda k: k, _free),
 }
 
 
-class MobiusConv(nn.Module):
+class _StripConv(nn.Module):
+    """What the convolutions share: which way to compute, and kernels that are kept while no gradient is recorded."""
+
+    _kept = None
+
+    def _spectral_dtype(self, x: Tensor, out_channels: int, kernel_size: int) -> torch.dtype | None:
+        """The dtype to convolve `x` in where the Fourier basis pays, under autocast that of conv2d; otherwise None."""
+        if not spectral.pays(x, out_channels, kernel_size):
+            return None
+        parameter = next(self.parameters())
+        if torch.is_autocast_enabled("cpu") and torch.float64 not in (x.dtype, parameter.dtype):
+            dtype = torch.get_autocast_dtype("cpu")
+            return dtype if dtype in spectral.DTYPES else None
+        return x.dtype if parameter.dtype == x.dtype and parameter.device == x.device else None
+
+    def _expanded(self, key, expand: Callable[[], tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+        """``expand()``, or what it gave for the same parameters before.
+
+        "The same" is decided by their values: version counters do not see every edit (those by ``.data`` and by
+        NumPy), and comparing is some hundred times cheaper than a convolution.
+        """
+        parameters = list(self._parameters.values())
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+            # Parameters replaced for a while, as by torch.func.functional_call, or without values.
+            or not all(isinstance(p, nn.Parameter) and not p.is_meta for p in parameters)
+        ):
+            return expand()
+        kept = self._kept
+        if kept is None or not all(
+            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(parameters, kept[0])
+        ):
+            kept = self._kept = ([p.detach().clone() for p in parameters], {})
+        expanded = kept[1].get(key)
+        # What was made in inference mode cannot take part in autograd outside of it.
+        if expanded is None or expanded[0].is_inference() and not torch.is_inference_mode_enabled():
+            if len(kept[1]) >= 8:  # strips of many widths
+                kept[1].clear()
+            expanded = kept[1][key] = expand()
+        return expanded
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": None}  # copies and pickles expand their own
+
+
+class MobiusConv(_StripConv):
     """Convolution on the Möbius strip, equivariant under reflections of the frames and under isometries.
 
     The kernel is expanded from its free parameters such that K(s.v) = rho_out(s) K(v) rho_in(s)^-1, the
-    input is padded by parallel transport, and a plain convolution follows.
+    input is padded by parallel transport, and a plain convolution follows. Where it is faster (see
+    `spectral.pays`) the same convolution is computed in the Fourier basis of the strip's width.
+
+    While no gradient is recorded, an expanded kernel is kept until a parameter has another value.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)`` of the input.
@@ -180,14 +297,21 @@ class MobiusConv(nn.Module):
 
     def expand_kernel(self) -> Tensor:
         """The steerable kernel, of shape ``(C_out, C_in, k, k)``."""
-        rows = []
-        for out_type, in_types in self._blocks.items():
-            row = [
+        rows = self._first_rows()
+        if "reg" in rows:
+            rows["reg"] = interleave(rows["reg"], cross_cut(rows["reg"], Fields(*self.in_fields)), dim=0)
+        kernel = torch.cat(list(rows.values()), dim=0)
+        return arrange_channels(arrange_channels(kernel, self.in_fields, dim=1), self.out_fields, dim=0)
+
+    def _first_rows(self) -> dict[str, Tensor]:
+        """For each output type the kernel of its fields' first channels, ``(m, C_in, k, k)``, input channels adjacent."""
+        return {
+            out_type: torch.cat([
                 STEERABLE_BLOCKS[in_type, out_type].expand(getattr(self, f"weights_{in_type}2{out_type}"))
                 for in_type in in_types
-            ]
-            rows.append(torch.cat(row, dim=1))
-        return torch.cat(rows, dim=0)
+            ], dim=1)
+            for out_type, in_types in self._blocks.items()
+        }
 
     def expand_bias(self) -> Tensor | None:
         """The invariant bias, rho(s) b = b, of shape ``(C_out,)``; None where all output fields are sign-flip."""
@@ -202,14 +326,105 @@ class MobiusConv(nn.Module):
                 parts.append(given[0].new_zeros(rep.dim * getattr(self.out_fields, name)))
             else:
                 parts.append(rep.invariant_bias(bias))
-        return torch.cat(parts)
+        return arrange_channels(torch.cat(parts), self.out_fields, dim=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        padded = transport_pad(x, self.kernel_size // 2, self.in_fields)
-        return F.conv2d(padded, self.expand_kernel(), self.expand_bias())
+        check_features(x, self.in_fields)
+        pad = self.kernel_size // 2
+        _check_length(x, pad)
+        dtype = self._spectral_dtype(x, self.out_fields.channels, self.kernel_size)
+        if dtype is not None:
+            kernel, bias = self._expanded(("spectral", x.shape[2], dtype), partial(self._spectral, x.shape[2], dtype))
+            with torch.autocast("cpu", enabled=False):
+                return spectral.steerable_conv(x.to(dtype), kernel, bias, self.in_fields, self.out_fields)
+        kernel, bias = self._expanded("plain", lambda: (self.expand_kernel(), self.expand_bias()))
+        # The rows of zeros are the convolution's own padding: two copies of the feature map less.
+        return F.conv2d(_pad_columns(x, pad, self.in_fields), kernel, bias, padding=(pad, 0))
+
+    def _spectral(self, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        rows, bias = torch.cat(list(self._first_rows().values()), dim=0), self.expand_bias()
+        kernel = spectral.steerable_spectrum(rows, self.in_fields, self.out_fields, width)
+        return kernel.to(dtype), None if bias is None else bias.to(dtype)
+
+    def export(self) -> nn.Sequential:
+        """An equal layer of a `TransportPad` and an `nn.Conv2d`, with parameters of its own."""
+        with torch.no_grad():
+            kernel, bias = self.expand_kernel(), self.expand_bias()
+        conv = nn.Conv2d(
+            kernel.shape[1], kernel.shape[0], self.kernel_size, bias=bias is not None, device=kernel.device, dtype=kernel.dtype
+        )
+        conv.load_state_dict({"weight": kernel} if bias is None else {"weight": kernel, "bias": bias})
+        return nn.Sequential(TransportPad(self.in_fields, self.kernel_size // 2), conv).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.in_fields)}, {tuple(self.out_fields)}, kernel_size={self.kernel_size}"
+
+
+def _odd_elu(x: Tensor, b: Tensor) -> Tensor:
+    return x.sign() * F.elu(x.abs() + b)
+
+
+def _equiv_elu(x: Tensor, b: Tensor, fields: Fields) -> Tensor:
+    return map_pointwise(x, fields, F.elu, lambda sign: _odd_elu(sign, b))
+
+
+class _EquivELU(torch.autograd.Function):
+    """`_equiv_elu`, keeping nothing but its input for the gradient, and with few passes over memory.
+
+    Whole feature maps are read faster than some of their channels, and written faster than put together: ELU is
+    computed everywhere, and what is wrong for sign-flip fields replaced.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, b: Tensor, fields: Fields) -> Tensor:
+        sign_flip = _sign_channels(x, fields)
+        odd = F.elu_(sign_flip.abs().add_(b)).mul_(sign_flip.sign())
+        if sign_flip.shape == x.shape:
+            return odd
+        y = F.elu(x)
+        _sign_channels(y, fields).copy_(odd)
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, b, ctx.fields = inputs
+        ctx.save_for_backward(x, b)
+        ctx.save_for_forward(x, b)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, b = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient that is to be differentiated itself
+            inputs = [tensor for tensor, needed in zip((x, b), ctx.needs_input_grad) if needed]
+            grads = iter(torch.autograd.grad(_equiv_elu(x, b, ctx.fields), inputs, grad, create_graph=True))
+            return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:2]), None
+        sign_flip = _sign_channels(x, ctx.fields)
+        sign = sign_flip.sign()
+        # ELU'(a) = exp(min(a, 0))
+        grad_b = sign_flip.abs().add_(b).clamp_(max=0).exp_().mul_(sign).mul_(_sign_channels(grad, ctx.fields))
+        grad_sign = sign.mul_(grad_b)
+        if sign_flip.shape == x.shape:
+            return grad_sign, grad_b.sum_to_size(b.shape), None
+        grad_x = torch.ops.aten.elu_backward(grad, 1, 1, 1, False, x)
+        _sign_channels(grad_x, ctx.fields).copy_(grad_sign)
+        return grad_x, grad_b.sum_to_size(b.shape), None
+
+    @staticmethod
+    def jvp(ctx, x_tangent: Tensor, b_tangent: Tensor, _):
+        x, b = ctx.saved_tensors
+
+        def odd(sign_flip: Tensor) -> Tensor:
+            slope = (sign_flip.abs() + b).clamp(max=0).exp()
+            sign = sign_flip.sign()
+            return slope * (sign.abs() * _sign_channels(x_tangent, ctx.fields) + sign * b_tangent)
+
+        tangent = x_tangent * x.clamp(max=0).exp()
+        _sign_channels(tangent, ctx.fields).copy_(odd(_sign_channels(x, ctx.fields)))
+        return tangent
+
+    @staticmethod
+    def vmap(info, in_dims, x, b, fields):
+        return torch.vmap(partial(_equiv_elu, fields=fields), in_dims[:2])(x, b), 0
 
 
 class EquivNonlin(nn.Module):
@@ -251,12 +466,16 @@ class EquivNonlin(nn.Module):
         if self.bias_sign is not None:
             nn.init.zeros_(self.bias_sign)
 
-    def _odd_elu(self, x: Tensor) -> Tensor:
-        return x.sign() * F.elu(x.abs() + self.bias_sign)
-
     def forward(self, x: Tensor) -> Tensor:
         check_features(x, self.in_fields)
-        return map_pointwise(x, self.in_fields, F.elu, self._odd_elu)
+        if not self.in_fields.sign:
+            return F.elu(x)
+        function = _equiv_elu if torch.compiler.is_compiling() else _EquivELU.apply
+        return function(x, self.bias_sign, self.in_fields)
+
+    def export(self) -> nn.Module:
+        """An equal layer: `nn.ELU`, or where there are sign-flip fields, for which torch.nn has none, a copy."""
+        return copy.deepcopy(self) if self.in_fields.sign else nn.ELU().train(self.training)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.in_fields)}"
@@ -264,8 +483,48 @@ class EquivNonlin(nn.Module):
 
 def _signed_max_pool(x: Tensor, **alignment) -> Tensor:
     """The entry of largest magnitude in each window, with its sign; the positive one of +a and -a."""
-    largest, smallest = F.max_pool2d(x, 2, **alignment), -F.max_pool2d(-x, 2, **alignment)
-    return torch.where(largest >= -smallest, largest, smallest)
+    largest, smallest = F.max_pool2d(x, 2, **alignment), F.max_pool2d(-x, 2, **alignment)
+    return torch.where(largest < smallest, -smallest, largest)
+
+
+class _EquivMaxPool(torch.autograd.Function):
+    """The maximum, of sign-flip fields `_signed_max_pool`; and its index, where the gradient goes to.
+
+    As in `_EquivELU`, what is wrong for sign-flip fields is replaced.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, fields: Fields, padding: tuple[int, int], ceil_mode: bool) -> tuple[Tensor, Tensor]:
+        max_pool = partial(F.max_pool2d, kernel_size=2, padding=padding, ceil_mode=ceil_mode, return_indices=True)
+        y, index = max_pool(x)
+        smallest, at_smallest = max_pool(-_sign_channels(x, fields))
+        y_sign, index_sign = _sign_channels(y, fields), _sign_channels(index, fields)
+        negative = y_sign < smallest
+        y_sign.copy_(torch.where(negative, -smallest, y_sign))
+        index_sign.copy_(torch.where(negative, at_smallest, index_sign))
+        return y, index
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, _, ctx.padding, ctx.ceil_mode = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, output[1])
+        ctx.save_for_forward(x, output[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        x, index = ctx.saved_tensors
+        grad = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad, x, [2, 2], [2, 2], ctx.padding, [1, 1], ctx.ceil_mode, index
+        )
+        return grad, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_):
+        index = ctx.saved_tensors[1]
+        return tangent.flatten(2).gather(2, index.flatten(2)).view_as(index), None
 
 
 class MobiusPool(nn.Module):
@@ -297,9 +556,11 @@ class MobiusPool(nn.Module):
         super().__init__()
         self.in_fields = self.out_fields = as_fields(in_fields, "in_fields")
 
-    def _pool(self, x: Tensor, **alignment) -> Tensor:
-        max_pool = partial(F.max_pool2d, kernel_size=2, **alignment)
-        return map_pointwise(x, self.in_fields, max_pool, partial(_signed_max_pool, **alignment))
+    def _pool(self, x: Tensor, padding: tuple[int, int] = (0, 0), ceil_mode: bool = False) -> Tensor:
+        if self.in_fields.sign and not torch.compiler.is_compiling():
+            return _EquivMaxPool.apply(x, self.in_fields, padding, ceil_mode)[0]
+        alignment = {"padding": padding, "ceil_mode": ceil_mode}
+        return map_pointwise(x, self.in_fields, partial(F.max_pool2d, kernel_size=2, **alignment), partial(_signed_max_pool, **alignment))
 
     def forward(self, x: Tensor) -> Tensor:
         check_features(x, self.in_fields)
@@ -313,6 +574,78 @@ class MobiusPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.in_fields)}"
+
+
+class TransportPad(nn.Module):
+    """`transport_pad` as a module: with an `nn.Conv2d` behind it, what `MobiusConv.export` gives.
+
+    Args:
+        in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.
+        pad: number of rows and columns, at least 0.
+
+    Shape:
+        ``(N, C, W, L)`` to ``(N, C, W + 2 pad, L + 2 pad)``, for any W and any L >= pad.
+
+    Raises:
+        ValueError: for arguments that are not allowed; in `forward`, for an input that is not 4-d with C channels
+            or has L < pad.
+    """
+
+    def __init__(self, in_fields, pad: int) -> None:
+        super().__init__()
+        self.in_fields = self.out_fields = as_fields(in_fields, "in_fields")
+        self.pad = as_integer(pad, "pad", "an integer of at least 0")
+        if self.pad < 0:
+            raise ValueError(f"pad must be an integer of at least 0, got {pad}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return transport_pad(x, self.pad, self.in_fields)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.in_fields)}, pad={self.pad}"
+
+
+class MobiusConvNaive(_StripConv, nn.Conv2d):
+    """`MobiusPadNaive` and `nn.Conv2d` in one, with the parameters of the latter: the baselines' convolution.
+
+    Args:
+        in_channels, out_channels: positive.
+        kernel_size: odd and positive.
+        device, dtype: of the parameters.
+
+    Shape:
+        ``(N, C_in, W, L)`` to ``(N, C_out, W, L)``, for any W and any L >= kernel_size // 2.
+
+    Raises:
+        ValueError: for a kernel size that is not allowed; in `forward`, for an input that is not 4-d, does not have
+            C_in channels or has L < kernel_size // 2.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, device=None, dtype=None) -> None:
+        super().__init__(in_channels, out_channels, _odd_kernel_size(kernel_size), device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scalars = Fields(self.in_channels, 0, 0)
+        check_features(x, scalars)
+        kernel_size = self.kernel_size[0]
+        _check_length(x, kernel_size // 2)
+        dtype = self._spectral_dtype(x, self.out_channels, kernel_size)
+        if dtype is not None:
+            kernel, bias = self._expanded((x.shape[2], dtype), partial(self._spectral, x.shape[2], dtype))
+            with torch.autocast("cpu", enabled=False):
+                return spectral.conventional_conv(x.to(dtype), kernel, bias)
+        return F.conv2d(_pad_columns(x, kernel_size // 2, scalars), self.weight, self.bias, padding=(kernel_size // 2, 0))
+
+    def _spectral(self, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return spectral.conventional_spectrum(self.weight, width).to(dtype), self.bias.to(dtype)
+
+    def export(self) -> nn.Sequential:
+        """An equal layer of a `MobiusPadNaive` and an `nn.Conv2d`, with parameters of its own."""
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, device=self.weight.device, dtype=self.weight.dtype
+        )
+        conv.load_state_dict(self.state_dict())
+        return nn.Sequential(MobiusPadNaive(self.kernel_size[0]), conv).train(self.training)
 
 
 class MobiusPadNaive(nn.Module):

@@ -16,6 +16,7 @@ Source of the protocol: arXiv:2106.06020, Section 5.
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -170,6 +171,18 @@ def _cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, where it is the C library.
+
+    Every step takes the same hundred megabytes again. Given back to the system in between, they fault in page by page
+    each time: 10 to 15 % of a step on the CPU.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 class RunFolder:
@@ -458,6 +471,7 @@ def command_line() -> CommandLine:
 def main(argv=None) -> None:
     parser = command_line()
     options = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         run = Run(Config(**vars(options)))
     except (ValueError, OSError) as error:
