@@ -157,6 +157,14 @@ def check_features(x: Tensor, fields: Fields) -> None:
         )
 
 
+def is_traced() -> bool:
+    """Whether this call is being recorded: by torch.compile, torch.export, torch.jit.trace or an ONNX exporter.
+
+    Records hold plain operations; what has a gradient of its own written out computes by the plain formula then.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
     """Views of the channels of each field type that occurs in `fields`, in the order of the channels."""
     sizes = {name: m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, fields) if m}

@@ -5,6 +5,7 @@
 Source: arXiv:2106.06020, Section 5, Tables 4 and 5.
 """
 
+import copy
 from functools import partial
 from math import sqrt
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fields import PlanarFields, as_integer
+from fields import PlanarFields, as_integer, is_traced
 from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool
 
 # Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as many fields.
@@ -29,7 +30,8 @@ MODES = {
 FEATURES = 64  # invariant features that the convolutions hand to the classifier
 
 
-def _classifier(classes: int, factory: dict) -> nn.Sequential:
+def build_classifier(classes: int, factory: dict) -> nn.Sequential:
+    """From 64 invariant features to logits; `factory` holds the keywords ``device`` and ``dtype``."""
     return nn.Sequential(
         nn.BatchNorm1d(FEATURES, **factory),
         nn.ELU(),
@@ -44,7 +46,7 @@ def _classifier(classes: int, factory: dict) -> nn.Sequential:
 
 def _channels_last(images: Tensor) -> Tensor:
     """In the memory format channels_last, in which the layers are faster on a CPU; on a GPU it has not been measured."""
-    if images.ndim != 4 or images.device.type != "cpu" or torch.compiler.is_compiling():
+    if images.ndim != 4 or images.device.type != "cpu" or is_traced():
         return images
     # A copy: one channel is in both formats at once, and layers would go on in the default one.
     return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
@@ -106,7 +108,7 @@ class MobiusGaugeCNN(nn.Module):
             conv(f4, f5), nonlin(f5),
             conv(f5, (FEATURES, 0, 0)),
         )
-        self.classifier = _classifier(classes, factory)
+        self.classifier = build_classifier(classes, factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.mobius_cnn(_channels_last(x)).amax(dim=(2, 3)))
@@ -154,7 +156,7 @@ class CNN(nn.Module):
             *conv(c4, c5), nn.ELU(),
             *conv(c5, FEATURES),
         )
-        self.classifier = _classifier(classes, factory)
+        self.classifier = build_classifier(classes, factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.cnn(_channels_last(x)).amax(dim=(2, 3)))
@@ -185,6 +187,24 @@ def build_model(name: str, **kwargs) -> nn.Module:
 def count_parameters(model: nn.Module) -> int:
     """Number of learnable values."""
     return sum(p.numel() for p in model.parameters())
+
+
+def export(model: nn.Module) -> nn.Module:
+    """An equal network without anything to expand: its convolutions are a padding and an `nn.Conv2d`.
+
+    Args:
+        model: any module; layers that have an `export` method are replaced by what it returns, the others copied.
+
+    Returns:
+        A copy with weights of its own, in the same mode (training or evaluation). Layers for which torch.nn has no
+        counterpart stay what they are: pooling (it goes on over the cut), and nonlinearities of sign-flip fields.
+    """
+    if hasattr(model, "export"):
+        return model.export()
+    exported = copy.deepcopy(model)
+    for name, child in model.named_children():
+        exported.add_module(name, export(child))
+    return exported
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from fields import (
     check_strip,
     cross_cut,
     interleave,
+    is_traced,
     map_pointwise,
 )
 
@@ -122,7 +123,7 @@ class _FoldColumns(torch.autograd.Function):
 
 
 def _pad_columns(x: Tensor, pad: int, fields: Fields) -> Tensor:
-    return _PadColumns.forward(x, pad, fields) if torch.compiler.is_compiling() else _PadColumns.apply(x, pad, fields)
+    return _PadColumns.forward(x, pad, fields) if is_traced() else _PadColumns.apply(x, pad, fields)
 
 
 def _odd_kernel_size(kernel_size) -> int:
@@ -209,7 +210,7 @@ class _StripConv(nn.Module):
         """
         parameters = list(self._parameters.values())
         if (
-            torch.compiler.is_compiling()
+            is_traced()
             or torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
             # Parameters replaced for a while, as by torch.func.functional_call, or without values.
             or not all(isinstance(p, nn.Parameter) and not p.is_meta for p in parameters)
@@ -470,7 +471,7 @@ class EquivNonlin(nn.Module):
         check_features(x, self.in_fields)
         if not self.in_fields.sign:
             return F.elu(x)
-        function = _equiv_elu if torch.compiler.is_compiling() else _EquivELU.apply
+        function = _equiv_elu if is_traced() else _EquivELU.apply
         return function(x, self.bias_sign, self.in_fields)
 
     def export(self) -> nn.Module:
@@ -557,7 +558,7 @@ class MobiusPool(nn.Module):
         self.in_fields = self.out_fields = as_fields(in_fields, "in_fields")
 
     def _pool(self, x: Tensor, padding: tuple[int, int] = (0, 0), ceil_mode: bool = False) -> Tensor:
-        if self.in_fields.sign and not torch.compiler.is_compiling():
+        if self.in_fields.sign and not is_traced():
             return _EquivMaxPool.apply(x, self.in_fields, padding, ceil_mode)[0]
         alignment = {"padding": padding, "ceil_mode": ceil_mode}
         return map_pointwise(x, self.in_fields, partial(F.max_pool2d, kernel_size=2, **alignment), partial(_signed_max_pool, **alignment))

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fields import Fields, adjacent_channels, arrange_channels, interleave, split_types
+from fields import Fields, adjacent_channels, arrange_channels, interleave, is_traced, split_types
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -50,7 +50,7 @@ def pays(x: Tensor, out_channels: int, kernel_size: int) -> bool:
     """
     n, channels, width, length = x.shape
     return (
-        not torch.compiler.is_compiling()
+        not is_traced()
         and x.device.type == "cpu"
         and x.dtype in DTYPES
         and x.stride() == (width * length * channels, 1, length * channels, channels)  # under torch.vmap too

@@ -1,0 +1,252 @@
+"""Time and memory of the models, side by side with the CNN that anyone would write with stock layers.
+
+    python benchmark.py                                      # all seven, float32 and bfloat16
+    python benchmark.py --models mobius_regular --precision fp32 --device cpu
+
+The *textbook CNN* has the architecture of cnn_same_channels in plain torch.nn: Conv2d(padding=2), ELU, MaxPool2d, in
+float32, eager, in the default memory format. All run in one process, one after the other in each round, so that what
+else the machine does falls on all of them alike; figures are medians over the rounds. On a CPU, peak memory is measured
+in a process of its own for each.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from convert_mnist import LENGTH, WIDTH, CommandLine, write_atomically
+from data_loader import CLASSES
+from models import FEATURES, MODELS, build_classifier, build_model
+from nn_layers import MobiusConv
+from train import DEVICES, PRECISIONS, describe_environment, keep_freed_memory, select_device
+
+TEXTBOOK = "textbook CNN"
+RESULTS = Path(__file__).resolve().parent / "results" / "benchmark.json"
+
+
+class TextbookCNN(nn.Module):
+    """Six convolutions as in cnn_same_channels, zeros beyond all four edges: it does not know the strip from a sheet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = partial(nn.Conv2d, kernel_size=5, padding=2)
+        self.cnn = nn.Sequential(
+            conv(1, 16), nn.ELU(),
+            conv(16, 32), nn.ELU(), nn.MaxPool2d(2),
+            conv(32, 64), nn.ELU(),
+            conv(64, 128), nn.ELU(), nn.MaxPool2d(2),
+            conv(128, 256), nn.ELU(),
+            conv(256, FEATURES),
+        )
+        self.classifier = build_classifier(CLASSES, {})
+
+    def forward(self, x):
+        return self.classifier(self.cnn(x).amax(dim=(2, 3)))
+
+
+class Candidate:
+    """A model with its optimizer and a batch, ready to be timed."""
+
+    def __init__(self, name: str, precision: str, batch_size: int, device: torch.device) -> None:
+        self.name, self.precision, self.device = name, precision, device
+        torch.manual_seed(0)
+        self.model = (TextbookCNN() if name == TEXTBOOK else build_model(name)).to(device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=5e-3, weight_decay=1e-6)
+        self.images = torch.rand(batch_size, 1, WIDTH, LENGTH, device=device)
+        self.labels = torch.randint(CLASSES, (batch_size,), device=device)
+
+    def _logits(self) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model(self.images)
+
+    def step(self) -> None:
+        """One step of training, as train.py takes it."""
+        self.model.train()
+        self.optimizer.zero_grad()
+        F.cross_entropy(self._logits().float(), self.labels).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def infer(self) -> None:
+        self.model.eval()
+        self._logits()
+
+    def conv_flop(self) -> float:
+        """Floating point operations in the convolutions of one forward pass by the plain formula."""
+        flop = []
+
+        def count(layer, inputs, output):
+            c_out, c_in = output.shape[1], inputs[0].shape[1]
+            k = layer.kernel_size if isinstance(layer.kernel_size, int) else layer.kernel_size[0]
+            flop.append(2 * c_in * k**2 * c_out * output[:, 0].numel())
+
+        hooks = [m.register_forward_hook(count) for m in self.model.modules() if isinstance(m, (MobiusConv, nn.Conv2d))]
+        self.infer()
+        for hook in hooks:
+            hook.remove()
+        return sum(flop)
+
+
+def seconds(function, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def matmul_rate(precision: str, device: torch.device, size: int = 2048) -> float:
+    """Floating point operations per second of torch.matmul on two square matrices."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = [seconds(lambda: a @ b, device) for _ in range(12)]
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+def summary(times: list[float], batch_size: int) -> dict:
+    quartiles = statistics.quantiles(times, n=4)
+    return {
+        "median_ms": 1000 * quartiles[1], "quartiles_ms": [1000 * quartiles[0], 1000 * quartiles[2]],
+        "min_ms": 1000 * min(times), "images_per_second": batch_size / quartiles[1],
+    }
+
+
+def measure(candidates: list[Candidate], rounds: int, batch_size: int, rates: dict[str, float]) -> list[dict]:
+    """The figures of each candidate; the first one is what the ratios are taken to."""
+    rows = [{"model": c.name, "precision": c.precision} for c in candidates]
+    # Inference first, when nothing changes the weights between two rounds.
+    for task, flop in (("infer", 1), ("step", 3)):
+        times = [[] for _ in candidates]
+        for i in range(rounds + 2):
+            for candidate, collected in zip(candidates, times):
+                elapsed = seconds(getattr(candidate, task), candidate.device)
+                if i >= 2:  # after warm-up
+                    collected.append(elapsed)
+        for row, candidate, collected in zip(rows, candidates, times):
+            row[task] = summary(collected, batch_size)
+            row[task]["ratio"] = statistics.median(collected) / statistics.median(times[0])
+            row[task]["matmul_share"] = (
+                flop * candidate.conv_flop() / statistics.median(collected) / rates[candidate.precision]
+            )
+    return rows
+
+
+def peak_memory(name: str, precision: str, batch_size: int, device: torch.device) -> float | None:
+    """MB that three training steps take at most: of the GPU, or of a process of its own, above what it had before."""
+    if device.type == "cuda":
+        candidate = Candidate(name, precision, batch_size, device)
+        torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(3):
+            candidate.step()
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    command = [sys.executable, __file__, "--memory_of", name, "--precision", precision, "--batch_size", str(batch_size)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    output = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return float(output.stdout) if output.returncode == 0 and output.stdout.strip() else None
+
+
+def _resident_peak() -> float:
+    """MB. Raises ImportError where the system does not tell."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _print_memory_of(name: str, precision: str, batch_size: int) -> None:
+    # The smallest batch first, so that what PyTorch loads once does not count.
+    Candidate(name, precision, 2, torch.device("cpu")).step()
+    before = _resident_peak()
+    candidate = Candidate(name, precision, batch_size, torch.device("cpu"))
+    for _ in range(3):
+        candidate.step()
+    print(_resident_peak() - before)
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        f"{'':32}{'training step':^40}   {'inference':^36}",
+        f"{'model':18} {'precision':10}   {'ms':>7} {'quartiles':>13} {'ratio':>6} {'images/s':>9} "
+        f"  {'ms':>7} {'quartiles':>13} {'ratio':>6} {'images/s':>9}   {'peak MB':>8} {'ratio':>6}   matmul share",
+    ]
+    for row in rows:
+        line = f"{row['model']:18} {row['precision']:10}"
+        for task in ("step", "infer"):
+            figures = row[task]
+            quartiles = "{:.0f} … {:.0f}".format(*figures["quartiles_ms"])
+            line += f"   {figures['median_ms']:7.1f} {quartiles:>13} {figures['ratio']:6.2f} {figures['images_per_second']:9.0f}"
+        memory = row["peak_memory_mb"]
+        line += f"   {memory:8.0f} {row['memory_ratio']:6.2f}" if memory and row["memory_ratio"] else f"   {'':8} {'':6}"
+        lines.append(f"{line}   {row['step']['matmul_share']:8.2f}")
+    return "\n".join(lines)
+
+
+def command_line() -> CommandLine:
+    parser = CommandLine(__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL", help="all seven")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), metavar="P",
+                        help="fp32, bf16 or both (both)")
+    parser.add_argument("--batch_size", type=int, default=128, metavar="N", help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="of which the medians are taken (%(default)s)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto is cuda where there is one (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help="(results/benchmark.json)")
+    parser.add_argument("--memory_of", help="print the peak memory of one model in MB, and nothing else")
+    return parser
+
+
+def main(argv=None) -> None:
+    parser = command_line()
+    options = parser.parse_args(argv)
+    if options.batch_size < 2:
+        parser.error("--batch_size must be at least 2 (batch normalisation needs two)")
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2")
+    if options.memory_of:
+        if options.memory_of not in (TEXTBOOK, *MODELS):
+            parser.error(f"--memory_of must be one of {', '.join((TEXTBOOK, *MODELS))}, got {options.memory_of!r}")
+        _print_memory_of(options.memory_of, options.precision[0], options.batch_size)
+        return
+    keep_freed_memory()
+    try:
+        device = select_device(options.device)
+        with write_atomically(options.out) as file:  # before the minutes of work: can it be written at all?
+            rates = {precision: matmul_rate(precision, device) for precision in dict.fromkeys(("fp32", *options.precision))}
+            for precision, rate in rates.items():
+                print(f"matrix multiplication, {precision}: {rate / 1e9:.0f} GFLOP/s", flush=True)
+            new = partial(Candidate, batch_size=options.batch_size, device=device)
+            candidates = [new(TEXTBOOK, "fp32"), *(new(m, p) for p in options.precision for m in options.models)]
+            rows = measure(candidates, options.rounds, options.batch_size, rates)
+            for row in rows:
+                row["peak_memory_mb"] = peak_memory(row["model"], row["precision"], options.batch_size, device)
+                memory, reference = row["peak_memory_mb"], rows[0]["peak_memory_mb"]
+                row["memory_ratio"] = memory / reference if memory and reference else None
+            result = {
+                "environment": describe_environment(device),
+                "batch_size": options.batch_size,
+                "rounds": options.rounds,
+                "matmul_gflop_per_second": {precision: rate / 1e9 for precision, rate in rates.items()},
+                "rows": rows,
+            }
+            file.write((json.dumps(result, indent=2) + "\n").encode())
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(table(rows))
+    print(f"{options.out}: written")
+
+
+if __name__ == "__main__":
+    main()
