@@ -9,8 +9,10 @@ else the machine does falls on all of them alike; figures are medians over the r
 in a process of its own for each.
 """
 
+import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -158,21 +160,23 @@ def peak_memory(name: str, precision: str, batch_size: int, device: torch.device
     return float(output.stdout) if output.returncode == 0 and output.stdout.strip() else None
 
 
-def _resident_peak() -> float:
-    """MB. Raises ImportError where the system does not tell."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def _print_memory_of(name: str, precision: str, batch_size: int) -> None:
+    def resident_peak() -> float:
+        with contextlib.suppress(OSError):
+            return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+        import resource  # not on Windows: no figure there
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
     # The smallest batch first, so that what PyTorch loads once does not count.
     Candidate(name, precision, 2, torch.device("cpu")).step()
-    before = _resident_peak()
+    with contextlib.suppress(OSError):  # Linux: begin a new peak
+        Path("/proc/self/clear_refs").write_text("5")
+    before = resident_peak()
     candidate = Candidate(name, precision, batch_size, torch.device("cpu"))
     for _ in range(3):
         candidate.step()
-    print(_resident_peak() - before)
+    print(resident_peak() - before)
 
 
 def table(rows: list[dict]) -> str:

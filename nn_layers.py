@@ -16,6 +16,7 @@ Source: arXiv:2106.06020, Section 5.
 """
 
 import copy
+import math
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -377,13 +378,16 @@ class _EquivELU(torch.autograd.Function):
     """
 
     @staticmethod
+    def _batches(fields: Fields, *tensors: Tensor):
+        """The sign-flip channels of all `tensors`, an eighth of the batch at a time: intermediate results stay in the cache."""
+        size = max(1, math.ceil(len(tensors[0]) / 8))
+        return zip(*(_sign_channels(x, fields).split(size) for x in tensors))
+
+    @staticmethod
     def forward(x: Tensor, b: Tensor, fields: Fields) -> Tensor:
-        sign_flip = _sign_channels(x, fields)
-        odd = F.elu_(sign_flip.abs().add_(b)).mul_(sign_flip.sign())
-        if sign_flip.shape == x.shape:
-            return odd
-        y = F.elu(x)
-        _sign_channels(y, fields).copy_(odd)
+        y = torch.empty_like(x) if fields.sign == fields.channels else F.elu(x)
+        for x_sign, y_sign in _EquivELU._batches(fields, x, y):
+            torch.mul(F.elu_(x_sign.abs().add_(b)), x_sign.sign(), out=y_sign)
         return y
 
     @staticmethod
@@ -399,16 +403,15 @@ class _EquivELU(torch.autograd.Function):
             inputs = [tensor for tensor, needed in zip((x, b), ctx.needs_input_grad) if needed]
             grads = iter(torch.autograd.grad(_equiv_elu(x, b, ctx.fields), inputs, grad, create_graph=True))
             return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:2]), None
-        sign_flip = _sign_channels(x, ctx.fields)
-        sign = sign_flip.sign()
-        # ELU'(a) = exp(min(a, 0))
-        grad_b = sign_flip.abs().add_(b).clamp_(max=0).exp_().mul_(sign).mul_(_sign_channels(grad, ctx.fields))
-        grad_sign = sign.mul_(grad_b)
-        if sign_flip.shape == x.shape:
-            return grad_sign, grad_b.sum_to_size(b.shape), None
-        grad_x = torch.ops.aten.elu_backward(grad, 1, 1, 1, False, x)
-        _sign_channels(grad_x, ctx.fields).copy_(grad_sign)
-        return grad_x, grad_b.sum_to_size(b.shape), None
+        only_sign = ctx.fields.sign == ctx.fields.channels
+        grad_x = torch.empty_like(x) if only_sign else torch.ops.aten.elu_backward(grad, 1, 1, 1, False, x)
+        grad_b = torch.zeros_like(b)
+        for x_sign, grad_sign, grad_x_sign in _EquivELU._batches(ctx.fields, x, grad, grad_x):
+            sign = x_sign.sign()
+            slope = x_sign.abs().add_(b).clamp_(max=0).exp_().mul_(sign).mul_(grad_sign)  # ELU'(a) = exp(min(a, 0))
+            grad_b += slope.sum_to_size(b.shape)
+            torch.mul(slope, sign, out=grad_x_sign)
+        return grad_x, grad_b, None
 
     @staticmethod
     def jvp(ctx, x_tangent: Tensor, b_tangent: Tensor, _):
@@ -510,13 +513,16 @@ class _EquivMaxPool(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         x, _, ctx.padding, ctx.ceil_mode = inputs
+        ctx.shape, ctx.memory_format = x.shape, torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, output[1])
-        ctx.save_for_forward(x, output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):
-        x, index = ctx.saved_tensors
+        (index,) = ctx.saved_tensors
+        # The shape and the layout of the input is all that is read of it: no reason to keep it.
+        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
         grad = torch.ops.aten.max_pool2d_with_indices_backward(
             grad, x, [2, 2], [2, 2], ctx.padding, [1, 1], ctx.ceil_mode, index
         )
@@ -524,7 +530,7 @@ class _EquivMaxPool(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, *_):
-        index = ctx.saved_tensors[1]
+        (index,) = ctx.saved_tensors
         return tangent.flatten(2).gather(2, index.flatten(2)).view_as(index), None
 
 
