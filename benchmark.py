@@ -149,22 +149,25 @@ def measure(candidates: list[Candidate], rounds: int, batch_size: int, rates: di
 def peak_memory(name: str, precision: str, batch_size: int, device: torch.device) -> float | None:
     """MB that three training steps take at most: of the GPU, or of a process of its own, above what it had before."""
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
         candidate = Candidate(name, precision, batch_size, device)
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(3):
             candidate.step()
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     command = [sys.executable, __file__, "--memory_of", name, "--precision", precision, "--batch_size", str(batch_size)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     output = subprocess.run(command, capture_output=True, text=True, env=environment)
-    return float(output.stdout) if output.returncode == 0 and output.stdout.strip() else None
+    if output.returncode:
+        raise OSError(f"measuring the memory of {name} failed: {output.stderr.strip().splitlines()[-1:]}")
+    return float(output.stdout) if output.stdout.strip() else None
 
 
 def _print_memory_of(name: str, precision: str, batch_size: int) -> None:
     def resident_peak() -> float:
         with contextlib.suppress(OSError):
             return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
-        import resource  # not on Windows: no figure there
+        import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -220,7 +223,9 @@ def main(argv=None) -> None:
     if options.memory_of:
         if options.memory_of not in (TEXTBOOK, *MODELS):
             parser.error(f"--memory_of must be one of {', '.join((TEXTBOOK, *MODELS))}, got {options.memory_of!r}")
-        _print_memory_of(options.memory_of, options.precision[0], options.batch_size)
+        keep_freed_memory()
+        with contextlib.suppress(ImportError):  # Windows does not tell: no figure there
+            _print_memory_of(options.memory_of, options.precision[0], options.batch_size)
         return
     keep_freed_memory()
     try:

@@ -32,6 +32,9 @@ class Fields(NamedTuple):
     reg: int
     planar = False
 
+    def __str__(self) -> str:
+        return f"{tuple(self)}{' planar' if self.planar else ''}"
+
     @property
     def channels(self) -> int:
         """Number of channels C = m_triv + m_sign + 2 m_reg."""
@@ -155,14 +158,6 @@ def check_features(x: Tensor, fields: Fields) -> None:
         raise ValueError(
             f"expected {fields.channels} channels for fields {tuple(fields)}, got shape {tuple(x.shape)}"
         )
-
-
-def is_traced() -> bool:
-    """Whether this call is being recorded: by torch.compile, torch.export, torch.jit.trace or an ONNX exporter.
-
-    Records hold plain operations; what has a gradient of its own written out computes by the plain formula then.
-    """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:

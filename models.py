@@ -13,7 +13,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fields import PlanarFields, as_integer, is_traced
+from fast_path import is_plain
+from fields import PlanarFields, as_integer
 from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool
 
 # Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as many fields.
@@ -46,7 +47,7 @@ def build_classifier(classes: int, factory: dict) -> nn.Sequential:
 
 def _channels_last(images: Tensor) -> Tensor:
     """In the memory format channels_last, in which the layers are faster on a CPU; on a GPU it has not been measured."""
-    if images.ndim != 4 or images.device.type != "cpu" or is_traced():
+    if images.ndim != 4 or images.device.type != "cpu" or not is_plain(images):
         return images
     # A copy: one channel is in both formats at once, and layers would go on in the default one.
     return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
@@ -64,7 +65,8 @@ class MobiusGaugeCNN(nn.Module):
     In evaluation, its logits do not change under shifts by multiples of 4 where L is a multiple of 4.
 
     Six convolutions with a nonlinearity after the first five and pooling after the second and the fourth; the
-    sixth gives 64 scalar fields, whose global maximum is what an invariant classifier sees.
+    sixth gives 64 scalar fields, whose global maximum is what an invariant classifier sees. In between, the channels of
+    regular fields are in the order of `PlanarFields`.
 
     Args:
         kernel_size: odd and positive.
@@ -193,18 +195,20 @@ def export(model: nn.Module) -> nn.Module:
     """An equal network without anything to expand: its convolutions are a padding and an `nn.Conv2d`.
 
     Args:
-        model: any module; layers that have an `export` method are replaced by what it returns, the others copied.
+        model: any module; this library's layers that have an `export` method are replaced by what it returns, the
+            others copied.
 
     Returns:
         A copy with weights of its own, in the same mode (training or evaluation). Layers for which torch.nn has no
         counterpart stay what they are: pooling (it goes on over the cut), and nonlinearities of sign-flip fields.
     """
-    if hasattr(model, "export"):
-        return model.export()
-    exported = copy.deepcopy(model)
-    for name, child in model.named_children():
-        exported.add_module(name, export(child))
-    return exported
+    exported = copy.deepcopy(nn.ModuleList([model]))  # in a list, so that the model itself can be one such layer
+    replaced = {}  # by the layer: one that is used twice is exported once
+    for module in list(exported.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, (MobiusConv, MobiusConvNaive, EquivNonlin)):
+                module._modules[name] = replaced[child] if child in replaced else replaced.setdefault(child, child.export())
+    return exported[0]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import spectral
+from fast_path import gradients, is_plain, needs_formula
 from fields import (
     REPRESENTATIONS,
     Fields,
@@ -36,7 +37,6 @@ from fields import (
     check_strip,
     cross_cut,
     interleave,
-    is_traced,
     map_pointwise,
 )
 
@@ -72,59 +72,39 @@ def _check_length(x: Tensor, pad: int) -> None:
         raise ValueError(f"padding by {pad} columns needs a strip of at least that length, got L = {length}")
 
 
-class _PadColumns(torch.autograd.Function):
-    """Pad along the length only. Autograd's own gradient would fill three feature maps with zeros, to add them up."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, pad: int, fields: Fields) -> Tensor:
-        # narrow, not x[..., -pad:], which is everything when pad is 0.
-        left = cross_cut(x.narrow(3, x.shape[3] - pad, pad), fields)
-        right = cross_cut(x.narrow(3, 0, pad), fields)
-        return torch.cat([left, x, right], dim=3)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, ctx.pad, ctx.fields = inputs
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _FoldColumns.apply(grad, ctx.pad, ctx.fields), None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_):
-        return _PadColumns.apply(tangent, ctx.pad, ctx.fields)
-
-
-class _FoldColumns(torch.autograd.Function):
-    """The transpose of `_PadColumns`: adds what stands beside the strip to where it came from. rho(s) is orthogonal."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, pad: int, fields: Fields) -> Tensor:
-        length = x.shape[3] - 2 * pad
-        inner = x.narrow(3, pad, length).clone()
-        inner.narrow(3, length - pad, pad).add_(cross_cut(x.narrow(3, 0, pad), fields))
-        inner.narrow(3, 0, pad).add_(cross_cut(x.narrow(3, pad + length, pad), fields))
-        return inner
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, ctx.pad, ctx.fields = inputs
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _PadColumns.apply(grad, ctx.pad, ctx.fields), None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_):
-        return _FoldColumns.apply(tangent, ctx.pad, ctx.fields)
-
-
 def _pad_columns(x: Tensor, pad: int, fields: Fields) -> Tensor:
-    return _PadColumns.forward(x, pad, fields) if is_traced() else _PadColumns.apply(x, pad, fields)
+    if pad == 0:
+        return x
+    return _PadColumns.apply(x, pad, fields) if is_plain(x) else _padded(x, pad, fields)
+
+
+def _padded(x: Tensor, pad: int, fields: Fields) -> Tensor:
+    left = cross_cut(x.narrow(3, x.shape[3] - pad, pad), fields)
+    right = cross_cut(x.narrow(3, 0, pad), fields)
+    return torch.cat([left, x, right], dim=3)
+
+
+class _PadColumns(torch.autograd.Function):
+    """`_padded`. Autograd's own gradient would fill three feature maps with zeros, to add them up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, pad: int, fields: Fields) -> Tensor:
+        ctx.pad, ctx.fields, ctx.shape = pad, fields, x.shape
+        return _padded(x, pad, fields)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        pad, fields, length = ctx.pad, ctx.fields, ctx.shape[3]
+        if needs_formula(grad):  # linear: at zero the gradient is what it is elsewhere
+            def padded(x: Tensor) -> Tensor:
+                return _padded(x, pad, fields)
+
+            return torch.func.vjp(padded, torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device))[1](grad)[0], None, None
+        # Add what stands beside the strip to where it came from; rho(s) is orthogonal, and its own inverse.
+        inner = grad.narrow(3, pad, length).clone()
+        inner.narrow(3, length - pad, pad).add_(cross_cut(grad.narrow(3, 0, pad), fields))
+        inner.narrow(3, 0, pad).add_(cross_cut(grad.narrow(3, pad + length, pad), fields))
+        return inner, None, None
 
 
 def _odd_kernel_size(kernel_size) -> int:
@@ -197,7 +177,7 @@ class _StripConv(nn.Module):
         """The dtype to convolve `x` in where the Fourier basis pays, under autocast that of conv2d; otherwise None."""
         if not spectral.pays(x, out_channels, kernel_size):
             return None
-        parameter = next(self.parameters())
+        parameter = self._sources()[0]
         if torch.is_autocast_enabled("cpu") and torch.float64 not in (x.dtype, parameter.dtype):
             dtype = torch.get_autocast_dtype("cpu")
             return dtype if dtype in spectral.DTYPES else None
@@ -209,19 +189,20 @@ class _StripConv(nn.Module):
         "The same" is decided by their values: version counters do not see every edit (those by ``.data`` and by
         NumPy), and comparing is some hundred times cheaper than a convolution.
         """
-        parameters = list(self._parameters.values())
+        sources = self._sources()
         if (
-            is_traced()
-            or torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-            # Parameters replaced for a while, as by torch.func.functional_call, or without values.
-            or not all(isinstance(p, nn.Parameter) and not p.is_meta for p in parameters)
+            not is_plain(*sources)
+            # Not a parameter but computed from some: by a parametrization, by pruning, in a replica.
+            or any(not isinstance(p, nn.Parameter) or p.is_meta for p in sources)
+            or torch.is_grad_enabled() and any(p.requires_grad for p in sources)
+            or sources[0].is_cuda and torch.cuda.is_current_stream_capturing()
         ):
             return expand()
         kept = self._kept
         if kept is None or not all(
-            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(parameters, kept[0])
+            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(sources, kept[0], strict=True)
         ):
-            kept = self._kept = ([p.detach().clone() for p in parameters], {})
+            kept = self._kept = ([p.detach().clone() for p in sources], {})
         expanded = kept[1].get(key)
         # What was made in inference mode cannot take part in autograd outside of it.
         if expanded is None or expanded[0].is_inference() and not torch.is_inference_mode_enabled():
@@ -229,6 +210,10 @@ class _StripConv(nn.Module):
                 kept[1].clear()
             expanded = kept[1][key] = expand()
         return expanded
+
+    def _sources(self) -> list[Tensor]:
+        """What kernel and bias are made of."""
+        raise NotImplementedError
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_kept": None}  # copies and pickles expand their own
@@ -305,6 +290,10 @@ class MobiusConv(_StripConv):
         kernel = torch.cat(list(rows.values()), dim=0)
         return arrange_channels(arrange_channels(kernel, self.in_fields, dim=1), self.out_fields, dim=0)
 
+    def _sources(self) -> list[Tensor]:
+        weights = [getattr(self, f"weights_{in_type}2{out_type}") for out_type, ins in self._blocks.items() for in_type in ins]
+        return weights + [getattr(self, f"bias_{t}") for t in self._blocks if REPRESENTATIONS[t].invariant_bias]
+
     def _first_rows(self) -> dict[str, Tensor]:
         """For each output type the kernel of its fields' first channels, ``(m, C_in, k, k)``, input channels adjacent."""
         return {
@@ -336,8 +325,8 @@ class MobiusConv(_StripConv):
         _check_length(x, pad)
         dtype = self._spectral_dtype(x, self.out_fields.channels, self.kernel_size)
         if dtype is not None:
-            kernel, bias = self._expanded(("spectral", x.shape[2], dtype), partial(self._spectral, x.shape[2], dtype))
             with torch.autocast("cpu", enabled=False):
+                kernel, bias = self._expanded(("spectral", x.shape[2], dtype), partial(self._spectral, x.shape[2], dtype))
                 return spectral.steerable_conv(x.to(dtype), kernel, bias, self.in_fields, self.out_fields)
         kernel, bias = self._expanded("plain", lambda: (self.expand_kernel(), self.expand_bias()))
         # The rows of zeros are the convolution's own padding: two copies of the feature map less.
@@ -352,18 +341,20 @@ class MobiusConv(_StripConv):
         """An equal layer of a `TransportPad` and an `nn.Conv2d`, with parameters of its own."""
         with torch.no_grad():
             kernel, bias = self.expand_kernel(), self.expand_bias()
-        conv = nn.Conv2d(
-            kernel.shape[1], kernel.shape[0], self.kernel_size, bias=bias is not None, device=kernel.device, dtype=kernel.dtype
+        conv = nn.utils.skip_init(  # no random numbers are drawn
+            nn.Conv2d, kernel.shape[1], kernel.shape[0], self.kernel_size,
+            bias=bias is not None, device=kernel.device, dtype=kernel.dtype,
         )
         conv.load_state_dict({"weight": kernel} if bias is None else {"weight": kernel, "bias": bias})
+        conv.requires_grad_(any(p.requires_grad for p in self.parameters()))
         return nn.Sequential(TransportPad(self.in_fields, self.kernel_size // 2), conv).train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.in_fields)}, {tuple(self.out_fields)}, kernel_size={self.kernel_size}"
+        return f"{self.in_fields}, {self.out_fields}, kernel_size={self.kernel_size}"
 
 
 def _odd_elu(x: Tensor, b: Tensor) -> Tensor:
-    return x.sign() * F.elu(x.abs() + b)
+    return x.sign() * F.elu(x.abs() + b.to(x.dtype))  # under autocast, x decides
 
 
 def _equiv_elu(x: Tensor, b: Tensor, fields: Fields) -> Tensor:
@@ -384,51 +375,28 @@ class _EquivELU(torch.autograd.Function):
         return zip(*(_sign_channels(x, fields).split(size) for x in tensors))
 
     @staticmethod
-    def forward(x: Tensor, b: Tensor, fields: Fields) -> Tensor:
+    def forward(ctx, x: Tensor, b: Tensor, fields: Fields) -> Tensor:
+        ctx.save_for_backward(x, b)
+        ctx.fields = fields
         y = torch.empty_like(x) if fields.sign == fields.channels else F.elu(x)
         for x_sign, y_sign in _EquivELU._batches(fields, x, y):
             torch.mul(F.elu_(x_sign.abs().add_(b)), x_sign.sign(), out=y_sign)
         return y
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, b, ctx.fields = inputs
-        ctx.save_for_backward(x, b)
-        ctx.save_for_forward(x, b)
-
-    @staticmethod
     def backward(ctx, grad: Tensor):
         x, b = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient that is to be differentiated itself
-            inputs = [tensor for tensor, needed in zip((x, b), ctx.needs_input_grad) if needed]
-            grads = iter(torch.autograd.grad(_equiv_elu(x, b, ctx.fields), inputs, grad, create_graph=True))
-            return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:2]), None
+        if needs_formula(grad):
+            return *gradients(partial(_equiv_elu, fields=ctx.fields), (x, b), ctx.needs_input_grad[:2], grad), None
         only_sign = ctx.fields.sign == ctx.fields.channels
         grad_x = torch.empty_like(x) if only_sign else torch.ops.aten.elu_backward(grad, 1, 1, 1, False, x)
         grad_b = torch.zeros_like(b)
         for x_sign, grad_sign, grad_x_sign in _EquivELU._batches(ctx.fields, x, grad, grad_x):
             sign = x_sign.sign()
             slope = x_sign.abs().add_(b).clamp_(max=0).exp_().mul_(sign).mul_(grad_sign)  # ELU'(a) = exp(min(a, 0))
-            grad_b += slope.sum_to_size(b.shape)
+            grad_b += slope.sum(dim=(0, 2, 3), keepdim=True, dtype=b.dtype)
             torch.mul(slope, sign, out=grad_x_sign)
         return grad_x, grad_b, None
-
-    @staticmethod
-    def jvp(ctx, x_tangent: Tensor, b_tangent: Tensor, _):
-        x, b = ctx.saved_tensors
-
-        def odd(sign_flip: Tensor) -> Tensor:
-            slope = (sign_flip.abs() + b).clamp(max=0).exp()
-            sign = sign_flip.sign()
-            return slope * (sign.abs() * _sign_channels(x_tangent, ctx.fields) + sign * b_tangent)
-
-        tangent = x_tangent * x.clamp(max=0).exp()
-        _sign_channels(tangent, ctx.fields).copy_(odd(_sign_channels(x, ctx.fields)))
-        return tangent
-
-    @staticmethod
-    def vmap(info, in_dims, x, b, fields):
-        return torch.vmap(partial(_equiv_elu, fields=fields), in_dims[:2])(x, b), 0
 
 
 class EquivNonlin(nn.Module):
@@ -474,7 +442,7 @@ class EquivNonlin(nn.Module):
         check_features(x, self.in_fields)
         if not self.in_fields.sign:
             return F.elu(x)
-        function = _equiv_elu if is_traced() else _EquivELU.apply
+        function = _EquivELU.apply if is_plain(x, self.bias_sign) else _equiv_elu
         return function(x, self.bias_sign, self.in_fields)
 
     def export(self) -> nn.Module:
@@ -482,7 +450,7 @@ class EquivNonlin(nn.Module):
         return copy.deepcopy(self) if self.in_fields.sign else nn.ELU().train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.in_fields)}"
+        return f"{self.in_fields}"
 
 
 def _signed_max_pool(x: Tensor, **alignment) -> Tensor:
@@ -497,10 +465,8 @@ class _EquivMaxPool(torch.autograd.Function):
     As in `_EquivELU`, what is wrong for sign-flip fields is replaced.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, fields: Fields, padding: tuple[int, int], ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, fields: Fields, padding: tuple[int, int], ceil_mode: bool) -> Tensor:
         max_pool = partial(F.max_pool2d, kernel_size=2, padding=padding, ceil_mode=ceil_mode, return_indices=True)
         y, index = max_pool(x)
         smallest, at_smallest = max_pool(-_sign_channels(x, fields))
@@ -508,18 +474,13 @@ class _EquivMaxPool(torch.autograd.Function):
         negative = y_sign < smallest
         y_sign.copy_(torch.where(negative, -smallest, y_sign))
         index_sign.copy_(torch.where(negative, at_smallest, index_sign))
-        return y, index
+        ctx.save_for_backward(index)
+        ctx.padding, ctx.ceil_mode, ctx.shape = padding, ceil_mode, x.shape
+        ctx.memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+        return y
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, _, ctx.padding, ctx.ceil_mode = inputs
-        ctx.shape, ctx.memory_format = x.shape, torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-        ctx.save_for_forward(output[1])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
+    def backward(ctx, grad: Tensor):
         (index,) = ctx.saved_tensors
         # The shape and the layout of the input is all that is read of it: no reason to keep it.
         x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
@@ -527,11 +488,6 @@ class _EquivMaxPool(torch.autograd.Function):
             grad, x, [2, 2], [2, 2], ctx.padding, [1, 1], ctx.ceil_mode, index
         )
         return grad, None, None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_):
-        (index,) = ctx.saved_tensors
-        return tangent.flatten(2).gather(2, index.flatten(2)).view_as(index), None
 
 
 class MobiusPool(nn.Module):
@@ -564,8 +520,8 @@ class MobiusPool(nn.Module):
         self.in_fields = self.out_fields = as_fields(in_fields, "in_fields")
 
     def _pool(self, x: Tensor, padding: tuple[int, int] = (0, 0), ceil_mode: bool = False) -> Tensor:
-        if self.in_fields.sign and not is_traced():
-            return _EquivMaxPool.apply(x, self.in_fields, padding, ceil_mode)[0]
+        if self.in_fields.sign and is_plain(x):
+            return _EquivMaxPool.apply(x, self.in_fields, padding, ceil_mode)
         alignment = {"padding": padding, "ceil_mode": ceil_mode}
         return map_pointwise(x, self.in_fields, partial(F.max_pool2d, kernel_size=2, **alignment), partial(_signed_max_pool, **alignment))
 
@@ -580,7 +536,7 @@ class MobiusPool(nn.Module):
         return self._pool(x, ceil_mode=True) / 2 + self._pool(x, padding=(1, 0)) / 2
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.in_fields)}"
+        return f"{self.in_fields}"
 
 
 class TransportPad(nn.Module):
@@ -609,7 +565,7 @@ class TransportPad(nn.Module):
         return transport_pad(x, self.pad, self.in_fields)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.in_fields)}, pad={self.pad}"
+        return f"{self.in_fields}, pad={self.pad}"
 
 
 class MobiusConvNaive(_StripConv, nn.Conv2d):
@@ -638,18 +594,21 @@ class MobiusConvNaive(_StripConv, nn.Conv2d):
         _check_length(x, kernel_size // 2)
         dtype = self._spectral_dtype(x, self.out_channels, kernel_size)
         if dtype is not None:
-            kernel, bias = self._expanded((x.shape[2], dtype), partial(self._spectral, x.shape[2], dtype))
             with torch.autocast("cpu", enabled=False):
+                kernel, bias = self._expanded((x.shape[2], dtype), partial(self._spectral, x.shape[2], dtype))
                 return spectral.conventional_conv(x.to(dtype), kernel, bias)
         return F.conv2d(_pad_columns(x, kernel_size // 2, scalars), self.weight, self.bias, padding=(kernel_size // 2, 0))
+
+    def _sources(self) -> list[Tensor]:
+        return [self.weight, self.bias]
 
     def _spectral(self, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return spectral.conventional_spectrum(self.weight, width).to(dtype), self.bias.to(dtype)
 
     def export(self) -> nn.Sequential:
         """An equal layer of a `MobiusPadNaive` and an `nn.Conv2d`, with parameters of its own."""
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, device=self.weight.device, dtype=self.weight.dtype
+        conv = nn.utils.skip_init(
+            nn.Conv2d, self.in_channels, self.out_channels, self.kernel_size, device=self.weight.device, dtype=self.weight.dtype
         )
         conv.load_state_dict(self.state_dict())
         return nn.Sequential(MobiusPadNaive(self.kernel_size[0]), conv).train(self.training)

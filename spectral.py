@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fields import Fields, adjacent_channels, arrange_channels, interleave, is_traced, split_types
+from fast_path import gradients, is_plain, needs_formula
+from fields import Fields, adjacent_channels, arrange_channels, interleave, split_types
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -41,7 +42,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 def pays(x: Tensor, out_channels: int, kernel_size: int) -> bool:
     """Whether the convolution of `x` is faster here than by the plain formula. Measured on two AVX-512 cores:
 
-    - torch.compile and torch.export shall see the plain formula; on a GPU this one has not been measured.
+    - Tools that look inside get the plain formula (see `is_plain`). On a GPU this one has not been measured.
     - The transforms read and write every channel a few times. That is bandwidth, and the convolution has to be large
       enough to earn it: from 32 channels on either side (16 to 32 channels come out even), and k >= 5 (k = 3 has
       9 multiplications to save from, k = 5 has 25).
@@ -50,10 +51,10 @@ def pays(x: Tensor, out_channels: int, kernel_size: int) -> bool:
     """
     n, channels, width, length = x.shape
     return (
-        not is_traced()
+        is_plain(x)
         and x.device.type == "cpu"
         and x.dtype in DTYPES
-        and x.stride() == (width * length * channels, 1, length * channels, channels)  # under torch.vmap too
+        and x.stride() == (width * length * channels, 1, length * channels, channels)
         and kernel_size >= 5
         and min(channels, out_channels) >= 32
         and n >= 16
@@ -124,7 +125,7 @@ def _transform(kernel: Tensor, width: int) -> Tensor:
     """``(o, i, k, k)`` to sum_v K(v) cos(theta_f v) and sum_v K(v) sin(theta_f v), ``(2, F, o, i, k)``."""
     o, i, k, _ = kernel.shape
     theta = _frequencies(width, k)
-    offset = torch.arange(k, dtype=torch.float64) - k // 2
+    offset = torch.arange(k, dtype=torch.float64, device="cpu") - k // 2
     waves = torch.cat([(theta[:, None] * offset).cos(), (theta[:, None] * offset).sin()]).to(kernel)
     return (waves @ kernel.permute(2, 0, 1, 3).reshape(k, -1)).view(2, len(theta), o, i, k)
 
@@ -132,15 +133,17 @@ def _transform(kernel: Tensor, width: int) -> Tensor:
 def _frequencies(width: int, kernel_size: int) -> Tensor:
     # Half-integer frequencies: none is its own mirror image, each comes as a cosine and a sine.
     half = math.ceil((width + kernel_size // 2) / 2)
-    return math.pi * (torch.arange(half, dtype=torch.float64) + 0.5) / half
+    return math.pi * (torch.arange(half, dtype=torch.float64, device="cpu") + 0.5) / half
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a tensor born in inference mode could not take part in autograd later
 def _basis(width: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
     """Cosines, sines, and a row of ones for the bias: ``(2 F + 1, W)``. Orthonormal columns but for the ones."""
-    phase = _frequencies(width, kernel_size)[:, None] * (torch.arange(width, dtype=torch.float64) - (width - 1) / 2)
-    return torch.cat([torch.cat([phase.cos(), phase.sin()]) / math.sqrt(len(phase)), torch.ones(1, width)]).to(dtype)
+    position = torch.arange(width, dtype=torch.float64, device="cpu") - (width - 1) / 2
+    phase = _frequencies(width, kernel_size)[:, None] * position
+    waves = torch.cat([phase.cos(), phase.sin()]) / math.sqrt(len(phase))
+    return torch.cat([waves, torch.ones_like(waves[:1])]).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -257,7 +260,7 @@ class _Workspace(threading.local):
         block = self.blocks.get((name, dtype))
         if block is None or block.numel() < size:
             with torch.inference_mode(False):
-                block = self.blocks[name, dtype] = torch.empty(size, dtype=dtype)
+                block = self.blocks[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
         return block[:size].view(shape)
 
 
@@ -309,7 +312,9 @@ class _SpectralConv(torch.autograd.Function):
     """Only the input and the kernel are kept for the gradient: the halves are cheap to compute again."""
 
     @staticmethod
-    def forward(x: Tensor, kernel: Tensor, bias: Tensor | None, in_fields: Fields | None, out_fields: Fields | None):
+    def forward(ctx, x: Tensor, kernel: Tensor, bias: Tensor | None, in_fields: Fields | None, out_fields: Fields | None):
+        ctx.save_for_backward(x, kernel, bias)
+        ctx.in_fields, ctx.out_fields = in_fields, out_fields
         k = kernel.shape[3]
         n, _, width, length = x.shape
         basis = _basis(width, k, x.dtype)
@@ -321,27 +326,26 @@ class _SpectralConv(torch.autograd.Function):
         return synthesis.result().permute(0, 3, 1, 2)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, kernel, bias, ctx.in_fields, ctx.out_fields = inputs
-        ctx.save_for_backward(x, kernel, bias)
-        ctx.save_for_forward(x, kernel, bias)
-
-    @staticmethod
     def backward(ctx, grad: Tensor):
         x, kernel, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # a gradient that is to be differentiated itself
-            tensors = [tensor for tensor, needed in zip((x, kernel, bias), needs) if needed]
-            y = formula(x, kernel, bias, ctx.in_fields, ctx.out_fields)
-            grads = iter(torch.autograd.grad(y, tensors, grad, create_graph=True))
-            return *(next(grads) if needed else None for needed in needs), None, None
+        if needs_formula(grad):
+            def conv(x, kernel, bias):
+                return formula(x, kernel, bias, ctx.in_fields, ctx.out_fields)
+
+            return *gradients(conv, (x, kernel, bias), needs, grad), None, None
+        with torch.autocast("cpu", enabled=False):
+            return *_SpectralConv._gradients(x, kernel, grad, needs, ctx.in_fields, ctx.out_fields), None, None
+
+    @staticmethod
+    def _gradients(x: Tensor, kernel: Tensor, grad: Tensor, needs, in_fields: Fields | None, out_fields: Fields | None):
         half, c_out, c_in, k = kernel.shape
         n, channels, width, length = x.shape
         basis = _basis(width, k, x.dtype)
         # The workspace holds one spectrum at a time: the halves first, the synthesis after them.
-        grad_y, grad_bias = _analyse(grad.permute(0, 2, 3, 1), basis, "grad", 0, ctx.out_fields, with_ones=needs[2])
-        halves, _ = _analyse(x.permute(0, 2, 3, 1), basis, "input", k // 2, ctx.in_fields)
-        synthesis = _Synthesis(n, length, channels, basis, ctx.in_fields) if needs[0] else None
+        grad_y, grad_bias = _analyse(grad.permute(0, 2, 3, 1), basis, "grad", 0, out_fields, with_ones=needs[2])
+        halves, _ = _analyse(x.permute(0, 2, 3, 1), basis, "input", k // 2, in_fields)
+        synthesis = _Synthesis(n, length, channels, basis, in_fields) if needs[0] else None
         grad_kernel = torch.empty_like(kernel) if needs[1] else None
         # oneDNN's kernel gradient in float32 has half its usual speed for k taps. With many channels, k shifted
         # copies side by side and a convolution of one tap win.
@@ -352,25 +356,11 @@ class _SpectralConv(torch.autograd.Function):
                 [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [needs[0], needs[1] and not by_copies, False],
             )
             if needs[0]:
-                synthesis.write(f, _fold_(grad_image.permute(0, 2, 3, 1), k // 2, ctx.in_fields))
+                synthesis.write(f, _fold_(grad_image.permute(0, 2, 3, 1), k // 2, in_fields))
             if needs[1]:
                 grad_kernel[f] = _taps_gradient(halves[f], grad_y[f], k) if by_copies else grad_taps.squeeze(3)
         grad_x = synthesis.result().permute(0, 3, 1, 2) if needs[0] else None
-        return grad_x, grad_kernel, grad_bias, None, None
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        x, kernel, bias = ctx.saved_tensors
-        y = formula(tangents[0], kernel, tangents[2], ctx.in_fields, ctx.out_fields)
-        y = y + formula(x, tangents[1], None, ctx.in_fields, ctx.out_fields)
-        return y.contiguous(memory_format=torch.channels_last)  # forward mode insists on the layout of the output
-
-    @staticmethod
-    def vmap(info, in_dims, x, kernel, bias, in_fields, out_fields):
-        def one(x, kernel, bias):
-            return formula(x, kernel, bias, in_fields, out_fields)
-
-        return torch.vmap(one, in_dims[:3])(x, kernel, bias), 0
+        return grad_x, grad_kernel, grad_bias
 
 
 def _taps_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
@@ -397,7 +387,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def formula(x: Tensor, kernel: Tensor, bias: Tensor | None, in_fields: Fields | None, out_fields: Fields | None) -> Tensor:
-    """What `_SpectralConv` computes, without memory of its own: for second derivatives, forward mode and torch.vmap."""
+    """What `_SpectralConv` computes, in operations that autograd differentiates again."""
     half, c_out, c_in, k = kernel.shape
     pad, length = k // 2, x.shape[3]
     basis = _basis(x.shape[2], k, x.dtype)[:-1].unflatten(0, (2, half))

@@ -41,7 +41,8 @@ import convert_mnist
 import data_loader
 import spectral
 import train
-from fields import Fields, PlanarFields, adjacent_channels, arrange_channels, as_fields, gauge_transform, is_traced, isometry_action
+from fast_path import is_plain
+from fields import Fields, PlanarFields, adjacent_channels, arrange_channels, as_fields, gauge_transform, isometry_action
 from models import CNN, MODELS, MODES, MobiusGaugeCNN, build_model, count_parameters, export
 from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad, transport_pad
 
@@ -829,7 +830,7 @@ def everywhere_spectral():
     """The Fourier basis for every convolution in channels_last, also where it does not pay."""
     def pays(x, *_):
         _, c, w, l = x.shape
-        return not is_traced() and not x.is_meta and x.stride() == (c * w * l, 1, l * c, c)
+        return is_plain(x) and not x.is_meta and x.stride() == (c * w * l, 1, l * c, c)
 
     return mock.patch("spectral.pays", pays)
 
@@ -1112,6 +1113,7 @@ class TestKeptKernels(Case):
             for width in (*range(1, 12), 3, 1):
                 x = channels_last(features((0, 0, 1), width, 4))
                 self.assertClose(layer(x), plain_conv(layer, x))
+        self.assertLessEqual(len(layer._kept[1]), 8)
 
     def test_copies_and_files(self):
         for layer, x, _ in self.layers:
@@ -1922,12 +1924,14 @@ class TestReadme(FilesCase):
         self.assertEqual(commands[:2], [setup + "train.py --model mobius_regular --dataset digits", setup + "unit_tests.py"])
         for command in commands[3:]:
             _, script, *options = command.split("#")[0].split()
-            parser = {"train.py": train.command_line, "convert_mnist.py": convert_mnist.command_line}[script]()
-            parser.parse_args(options)
+            module = {"train.py": train, "convert_mnist.py": convert_mnist, "benchmark.py": benchmark}[script]
+            module.command_line().parse_args(options)
 
     def test_options(self):
-        for module, file in ((train, "train.py"), (convert_mnist, "convert_mnist.py")):
+        for module, file in ((train, "train.py"), (convert_mnist, "convert_mnist.py"), (benchmark, "benchmark.py")):
             for action in module.command_line()._actions[1:]:
+                if action.dest in ("memory_of", "models", "precision", "out") and module is benchmark:
+                    continue
                 names = ", ".join(f"`{name}`" for name in action.option_strings)
                 rows = self.rows(names)
                 self.assertTrue(rows, f"{file} {names}")
@@ -1966,15 +1970,29 @@ class TestReadme(FilesCase):
             result = json.loads(path.read_text())
             self.assertEqual(result["status"], "finished", path)
             config = result["config"]
-            groups.setdefault((config["dataset"], config["model"], config["train_mode"]), []).append(result)
+            groups.setdefault((config["dataset"], config["model"], config["precision"]), []).append(result)
         self.assertTrue(groups)
-        for (dataset, model, _), results in groups.items():
-            cells = [" ".join(row) for row in self.rows(f"`{model}`") if row[1] == {"mnist": "MNIST", "digits": "digits"}[dataset]]
+        for (dataset, model, precision), results in groups.items():
+            label = f"`{model}`" + (", bfloat16" if precision == "bf16" else "")
+            cells = [" ".join(row) for row in self.rows(label) if row[1] == {"mnist": "MNIST", "digits": "digits"}[dataset]]
             self.assertEqual(len(cells), 1, f"{dataset} {model}")
             self.assertIn(", ".join(str(result["config"]["seed"]) for result in results), cells[0])
             for version in ("shifted", "centered"):
                 errors = ", ".join(f"{result['test_error'][version]:.2f}" for result in results)
                 self.assertIn(errors, cells[0], f"{dataset} {model} {version}")
+
+
+    def test_benchmark(self):
+        result = json.loads((ROOT / "results" / "benchmark.json").read_text())
+        for row in result["rows"]:
+            name = row["model"] if row["model"] == benchmark.TEXTBOOK else f"`{row['model']}`"
+            precision = {"fp32": "float32", "bf16": "bfloat16"}[row["precision"]]
+            (cells,) = [cells for cells in self.rows(name) if cells[1] == precision]
+            figures = [
+                f"{row['step']['ratio']:.2f}", f"{row['step']['images_per_second']:,.0f}",
+                f"{row['infer']['ratio']:.2f}", f"{row['infer']['images_per_second']:,.0f}", f"{row['memory_ratio']:.2f}",
+            ]
+            self.assertEqual(cells[2:], figures, cells)
 
 
 def main() -> None:
