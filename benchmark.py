@@ -4,9 +4,9 @@
     python benchmark.py --models mobius_regular --precision fp32 --device cpu
 
 The *textbook CNN* has the architecture of cnn_same_channels in plain torch.nn: Conv2d(padding=2), ELU, MaxPool2d, in
-float32, eager, in the default memory format. All run in one process, one after the other in each round, so that what
-else the machine does falls on all of them alike; figures are medians over the rounds. On a CPU, peak memory is measured
-in a process of its own for each.
+float32, eager, in the default memory format. All run in one process and take turns, so that what else the machine does
+falls on all of them alike: in each round a model computes three times, of which the last two count; figures are medians
+over the rounds. On a CPU, peak memory is measured in a process of its own for each.
 """
 
 import contextlib
@@ -132,11 +132,12 @@ def measure(candidates: list[Candidate], rounds: int, batch_size: int, rates: di
     # Inference first, when nothing changes the weights between two rounds.
     for task, flop in (("infer", 1), ("step", 3)):
         times = [[] for _ in candidates]
-        for i in range(rounds + 2):
+        for i in range(rounds + 1):
             for candidate, collected in zip(candidates, times):
-                elapsed = seconds(getattr(candidate, task), candidate.device)
-                if i >= 2:  # after warm-up
-                    collected.append(elapsed)
+                # The first of three finds the caches full of another model's data; in training none does.
+                turn = [seconds(getattr(candidate, task), candidate.device) for _ in range(3)][1:]
+                if i:  # after warm-up
+                    collected.append(statistics.mean(turn))
         for row, candidate, collected in zip(rows, candidates, times):
             row[task] = summary(collected, batch_size)
             row[task]["ratio"] = statistics.median(collected) / statistics.median(times[0])
@@ -223,7 +224,6 @@ def main(argv=None) -> None:
     if options.memory_of:
         if options.memory_of not in (TEXTBOOK, *MODELS):
             parser.error(f"--memory_of must be one of {', '.join((TEXTBOOK, *MODELS))}, got {options.memory_of!r}")
-        keep_freed_memory()
         with contextlib.suppress(ImportError):  # Windows does not tell: no figure there
             _print_memory_of(options.memory_of, options.precision[0], options.batch_size)
         return
