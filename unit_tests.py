@@ -775,7 +775,8 @@ class TestModels(Case):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 logits = model(x)
             self.assertTrue(logits.isfinite().all())
-            self.assertClose(logits.float(), model(x), tolerance=0.1)
+            # Without a trained b, sign-flip fields are linear, and small differences of large values remain at the end.
+            self.assertLess((logits.float() - model(x)).norm(), 0.25 * model(x).norm(), name)
 
     def test_compile(self):
         for name in ("cnn_same_channels", "mobius_regular", "mobius_mixed"):
