@@ -127,7 +127,11 @@ def summary(times: list[float], batch_size: int) -> dict:
 
 
 def measure(candidates: list[Candidate], rounds: int, batch_size: int, rates: dict[str, float]) -> list[dict]:
-    """The figures of each candidate; the first one is what the ratios are taken to."""
+    """The figures of each candidate; the first one is what the ratios are taken to.
+
+    matmul_share is the rate of the convolutions, counted as the plain formula needs them, relative to that of torch.matmul.
+    It exceeds 1 where the former are the work of a faster library, or take less arithmetic.
+    """
     rows = [{"model": c.name, "precision": c.precision} for c in candidates]
     # Inference first, when nothing changes the weights between two rounds.
     for task, flop in (("infer", 1), ("step", 3)):
