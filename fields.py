@@ -133,8 +133,8 @@ def as_fields(fields, name: str = "fields") -> Fields:
         ValueError: if they are anything else.
     """
     try:
-        fields = fields if isinstance(fields, Fields) else tuple(fields)
         kind = type(fields) if isinstance(fields, Fields) else Fields
+        fields = tuple(fields)
         parsed = kind(*(as_integer(m, name) for m in fields))
         if min(parsed) < 0 or max(parsed) == 0:
             raise ValueError

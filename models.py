@@ -207,7 +207,9 @@ def export(model: nn.Module) -> nn.Module:
     for module in list(exported.modules()):
         for name, child in module._modules.items():
             if isinstance(child, (MobiusConv, MobiusConvNaive, EquivNonlin)):
-                module._modules[name] = replaced[child] if child in replaced else replaced.setdefault(child, child.export())
+                if child not in replaced:
+                    replaced[child] = child.export()
+                module._modules[name] = replaced[child]
     return exported[0]
 
 
