@@ -3,13 +3,10 @@
     python train.py --model mobius_regular                        # MNIST, trained on centered digits
     python train.py --model mobius_regular --dataset digits       # scikit-learn's digits, no network
     python train.py --model cnn_same_channels --train_mode shifted
+    python train.py --resume logs/RUN                             # go on with a run that was stopped or killed
+    python train.py --eval_only --checkpoint logs/RUN/checkpoint.pt
 
-Every run has a folder of its own below --log_dir:
-
-    log.txt         what the terminal shows
-    result.json     configuration, versions and hardware, every epoch, the final test errors
-    weights.pt      state_dict after the last finished epoch
-    events.*        TensorBoard: tensorboard --logdir logs
+Every run has a folder of its own below --log_dir; `run_folder.py` says what is in it. Many runs: `reproduce.py`.
 
 Source of the protocol: arXiv:2106.06020, Section 5.
 """
@@ -18,33 +15,41 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
-import json
 import math
-import os
 import platform
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from importlib import metadata
 from pathlib import Path
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert_mnist import SOURCES, CommandLine, Split, convert, write_atomically
+from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, Split, convert
 from data_loader import batches, load_dataset
-from fields import as_integer
+from fields import as_integer, isometry_action
 from models import MODELS, build_model, count_parameters
+from run_folder import BadCheckpoint, Busy, RunFolder, new_folder, read_checkpoint, read_result, read_weights, say, summary_writer
 
 TRAIN_MODES = ("centered", "shifted")
 TEST_MODES = ("shifted", "centered", "both")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
 EVAL_BATCH_SIZE = 500
+
+LATEST = object()  # --resume without a folder
+EVAL_OPTIONS = ("model", "test_mode", "dataset", "data", "mnist_root", "device", "precision")
+
+# Settings that say where a run reads, writes and computes; all others say what.
+PLACES = ("data", "mnist_root", "device", "log_dir", "tensorboard")
+# Of the others, those that change what is told of a run, not its outcome.
+REPORTING = ("eval_freq",)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ class Config:
         for name in ("weight_decay", "lr", "lr_decay_factor"):
             require(name, isinstance(getattr(self, name), (int, float)), "a number")
         for name in ("data", "mnist_root", "log_dir"):
-            require(name, getattr(self, name) != "", "a path")
+            value = getattr(self, name)
+            require(name, isinstance(value, str) and value != "" or value is None and name != "log_dir", "a path")
         require("mnist_root", self.mnist_root is None or self.dataset == "mnist", f"left out with dataset {self.dataset}")
         require("num_epochs", self.num_epochs >= 1, "at least 1")
         require("batch_size", self.batch_size >= 2, "at least 2 (batch normalisation needs two)")
@@ -111,6 +117,20 @@ class Config:
         require("lr_decay_factor", 1 <= self.lr_decay_factor < math.inf, "a number of at least 1")
         require("eval_freq", self.eval_freq >= 0, "at least 0 (0: only at the end)")
         require("seed", 0 <= self.seed < 2**63, "0 … 2**63 - 1")
+
+    def learning_rate(self, epoch: int) -> float:
+        """In the given epoch, counted from 1: the whole schedule, so that it has no state."""
+        decays = (epoch - 1) // self.lr_decay_period if self.lr_decay_period else 0
+        return self.lr * (1 / self.lr_decay_factor) ** decays
+
+    def protocol(self) -> dict:
+        """What is computed: all settings but the `PLACES`."""
+        return {name: value for name, value in asdict(self).items() if name not in PLACES}
+
+    @property
+    def digits(self) -> str:
+        """A word for the digits, for names of files."""
+        return Path(self.data).stem if self.data else self.dataset
 
     @property
     def test_versions(self) -> tuple[str, ...]:
@@ -126,8 +146,16 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def find_data(config: Config, device: torch.device) -> tuple[Path, dict[str, Split]]:
-    """The npz of a run and what is in it, made first where it is the data set's own and not there yet.
+class Data(NamedTuple):
+    """file: name of the npz. sha256: of its bytes. splits: as `load_dataset` returns them."""
+
+    file: str
+    sha256: str
+    splits: dict[str, Split]
+
+
+def find_data(config: Config, device: torch.device) -> Data:
+    """The data of a run, made first where they are the data set's own and not there yet.
 
     Raises:
         ValueError, OSError: with the way out, for an npz that cannot be read or made.
@@ -143,7 +171,8 @@ def find_data(config: Config, device: torch.device) -> tuple[Path, dict[str, Spl
         elif config.mnist_root is not None:
             print(f"{path} is there already: --mnist_root is not read", flush=True)
     try:
-        return path, load_dataset(path, device)
+        splits = load_dataset(path, device)
+        return Data(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), splits)
     except (ValueError, OSError) as error:
         raise type(error)(f"{error}; {way_out}") from error
 
@@ -151,7 +180,7 @@ def find_data(config: Config, device: torch.device) -> tuple[Path, dict[str, Spl
 def describe_environment(device: torch.device) -> dict:
     """Versions and hardware that a result depends on."""
     # torch's own word has its build, +cpu or +cu130, which the installed package's name may lack.
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("torchvision", "numpy", "scikit-learn"):
         try:
             versions[package] = metadata.version(package)
@@ -185,115 +214,76 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-class RunFolder:
-    """The files of a run: log, result, weights and TensorBoard events.
+class Diverged(FloatingPointError):
+    """The loss of `run` is not finite."""
 
-    Raises:
-        OSError: if the folder cannot be made.
-        ValueError: if TensorBoard is wanted and not installed.
-    """
-
-    def __init__(self, config: Config) -> None:
-        if config.tensorboard:
-            # Here, not at the head: it takes seconds, and -h and --no-tensorboard do without.
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError(f"TensorBoard is not installed ({error}): take --no-tensorboard") from error
-        digits = Path(config.data).stem if config.data else config.dataset
-        stem = f"{digits}-{config.model}-{config.train_mode}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = self._new_folder(Path(config.log_dir), re.sub(r"[^\w.-]", "_", stem))
-        self._log = open(self.path / "log.txt", "w", encoding="utf-8")
-        self._writer = SummaryWriter(self.path) if config.tensorboard else None
-
-    @staticmethod
-    def _new_folder(log_dir: Path, stem: str) -> Path:
-        try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            for name in (stem, *(f"{stem}-{i}" for i in range(2, 1000))):  # runs begun in the same second
-                try:
-                    (log_dir / name).mkdir()
-                    return log_dir / name
-                except FileExistsError:
-                    continue
-            raise OSError("no free name left")
-        except OSError as error:
-            reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
-            raise OSError(f"cannot make a folder in --log_dir {log_dir}: {reason}") from error
-
-    def log(self, line: str) -> None:
-        print(line, file=self._log, flush=True)
-
-    def say(self, line: str) -> None:
-        self.log(line)
-        try:
-            print(line, flush=True)
-        except BrokenPipeError:  # nobody reads on (| head): no reason to stop training
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    def scalars(self, values: dict[str, float], epoch: int) -> None:
-        if self._writer:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, epoch)
-            self._writer.flush()
-
-    def hyperparameters(self, config: Config, errors: dict[str, float]) -> None:
-        if self._writer:
-            settings = {name: value for name, value in asdict(config).items() if value is not None}
-            metrics = {f"final_error/{version}": error for version, error in errors.items()}
-            self._writer.add_hparams(settings, metrics, run_name=".")
-
-    def save(self, result: dict, model: nn.Module) -> None:
-        with write_atomically(self.path / "weights.pt") as file:
-            torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
-        self.save_result(result)
-
-    def save_result(self, result: dict) -> None:
-        with write_atomically(self.path / "result.json") as file:
-            file.write((json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
-
-    def close(self) -> None:
-        self._log.close()
-        if self._writer:
-            self._writer.close()
+    def __init__(self, message: str, run: "Run") -> None:
+        super().__init__(message)
+        self.run = run
 
 
 class Run:
-    """One training run: everything checked and loaded at construction, `train()` does the rest.
+    """One training run: everything checked and loaded at construction, `train()` does the rest, `close()` lets its folder go.
+
+    Args:
+        config: what to train, and how.
+        folder: None: a new one in `config.log_dir`. If there is a checkpoint in it, the run goes on from there, and its
+            weights and metrics will be those of a run that was never stopped (on the CPU, with as many threads: bit for bit).
+        data: of `find_data`, for who has them already.
+        verbose: whether to print what is logged.
+        bar: whether to show an epoch's progress, on a terminal.
 
     Raises:
         ValueError: for a device that is not there, or data that do not fit.
+        BadCheckpoint: for a checkpoint that is damaged or of another run.
         OSError: for a file that cannot be read or a folder that cannot be written.
+        Busy: if another process is at work in `folder`.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, folder=None, data: Data | None = None, verbose: bool = True,
+                 bar: bool = True) -> None:
+        self.config, self.bar = config, bar
         self.device = select_device(config.device)
-        data_path, dataset = find_data(config, self.device)
-        self.training_set = dataset[f"train_{config.train_mode}"]
-        self.test_sets = {version: dataset[f"test_{version}"] for version in config.test_versions}
+        data = data or find_data(config, self.device)
+        self.training_set = data.splits[f"train_{config.train_mode}"]
+        self.test_sets = {version: data.splits[f"test_{version}"] for version in config.test_versions}
         digits = len(self.training_set.labels)
         if config.batch_size > digits:
-            raise ValueError(f"batch_size must be at most the {digits} training digits of {data_path}, got {config.batch_size}")
+            raise ValueError(f"batch_size must be at most the {digits} training digits of {data.file}, got {config.batch_size}")
 
+        if folder is None:
+            if config.tensorboard:
+                summary_writer()  # before a folder is made in vain
+            folder = new_folder(config.log_dir, f"{config.digits}-{config.model}-{config.train_mode}-seed{config.seed}")
+        self.folder = RunFolder(folder, tensorboard=config.tensorboard, verbose=verbose)
+        try:
+            self._begin(data)
+            # Under the folder's lock: nobody else moves the checkpoint on now.
+            checkpoint = self.folder.path / "checkpoint.pt"
+            if checkpoint.exists():
+                self._restore(read_checkpoint(checkpoint), checkpoint)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, data: Data) -> None:
+        """Put the run where its first epoch starts."""
+        config = self.config
         torch.manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)
         # Initialised on the CPU, a seed means the same weights on every device.
         self.model = build_model(config.model).to(self.device)
+        self.random = self.global_random_states()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.StepLR(
-            self.optimizer, config.lr_decay_period or config.num_epochs + 1, gamma=1 / config.lr_decay_factor
-        )
-        self.steps = digits // config.batch_size  # of an epoch
-        self.folder = RunFolder(config)
+        self.steps = len(self.training_set.labels) // config.batch_size  # of an epoch
         self.result = {
             "status": "running",
-            "config": asdict(config),
+            "config": config.protocol(),
             "parameters": count_parameters(self.model),
             "data": {
-                "file": data_path.name,
-                "sha256": hashlib.sha256(data_path.read_bytes()).hexdigest(),
-                "train_digits": digits,
+                "file": data.file,
+                "sha256": data.sha256,
+                "train_digits": len(self.training_set.labels),
                 "test_digits": len(next(iter(self.test_sets.values())).labels),
             },
             "environment": describe_environment(self.device),
@@ -303,89 +293,190 @@ class Run:
             "test_error": None,
         }
 
-    def train(self) -> dict:
+    @property
+    def epoch(self) -> int:
+        """How many epochs are finished."""
+        return len(self.result["epochs"])
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch == self.config.num_epochs
+
+    def close(self) -> None:
+        self.folder.close()
+
+    def train(self, after_epoch: Callable[[], None] = lambda: None) -> dict:
         """Train and test, write the run's files, and return the result as it stands in result.json.
 
-        Whatever ends the run, result.json and weights.pt have every finished epoch.
+        Whatever ends the run, its files have every finished epoch.
+
+        Args:
+            after_epoch: called after each.
 
         Raises:
-            FloatingPointError: at the first step whose loss is not finite, or after an epoch with such a test loss.
+            Diverged: at the first step whose loss is not finite, or after an epoch with such a test loss.
             OSError: if the folder cannot be written any more.
         """
+        with self.reporting():
+            while not self.finished:
+                start = time.perf_counter()
+                self.finish_epoch(*self._train_epoch(), start)
+                after_epoch()
+        return self.result
+
+    @contextlib.contextmanager
+    def reporting(self):
+        """Say what run this is, and how it ended; what ended it is raised on."""
         config, folder, result = self.config, self.folder, self.result
-        start = time.perf_counter()
         folder.say(
             f"{config.model} ({result['parameters']:,} parameters) on {result['data']['train_digits']:,} {config.train_mode} "
             f"digits of {result['data']['file']}, {result['environment']['device']}, {config.precision}, seed {config.seed}"
         )
         try:
-            folder.save_result(result)
-            for epoch in range(1, config.num_epochs + 1):
-                epoch_start = time.perf_counter()
-                record = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
-                record["train_loss"], record["train_error"] = self._train_epoch(epoch)
-                self.schedule.step()
-                if epoch == config.num_epochs or (config.eval_freq and epoch % config.eval_freq == 0):
-                    for version, test_set in self.test_sets.items():
-                        loss, error = evaluate(self.model, test_set, config.precision)
-                        # The last step of an epoch can be the one that spoils the weights.
-                        if not math.isfinite(loss):
-                            raise FloatingPointError(
-                                f"the loss on {version} test digits is {loss} after step {self.steps} of {self.steps} "
-                                f"in epoch {epoch}: a lower --lr may help"
-                            )
-                        record[f"test_loss_{version}"], record[f"test_error_{version}"] = loss, error
-                record["seconds"] = time.perf_counter() - epoch_start
-                result["epochs"].append(record)
-                result["seconds"] = time.perf_counter() - start
-                if epoch == config.num_epochs:
-                    result["status"] = "finished"
-                    result["test_error"] = {version: record[f"test_error_{version}"] for version in self.test_sets}
-                # Saved before it is told: an epoch that was seen on the terminal is in the files.
-                folder.save(result, self.model)
-                self._report(record)
-            folder.hyperparameters(config, result["test_error"])
-            folder.say(f"test error: {self._format_errors(record)}  ({result['seconds']:.0f} s, {folder.path})")
+            if self.epoch:
+                folder.say(f"continued after epoch {self.epoch} of {config.num_epochs}")
+                if describe_environment(self.device) != result["environment"]:
+                    folder.say("not with the versions, hardware and threads of its beginning: rounding may differ")
+                for record in result["epochs"]:
+                    self._write_events(record)
+                folder.save(self.checkpoint())  # the kill may have come before all files were those of the checkpoint
+            else:
+                folder.save_result(result)
+            yield
+            folder.hyperparameters({name: v for name, v in asdict(config).items() if v is not None}, result["test_error"])
+            folder.say(f"test error: {self._format_errors(result['epochs'][-1])}  ({result['seconds']:.0f} s, {folder.path})")
         except KeyboardInterrupt:
-            self._stop("interrupted")
+            self.stop("interrupted")
             raise
         except Exception as error:
-            self._stop("diverged" if isinstance(error, FloatingPointError) else "failed", str(error) or type(error).__name__)
+            diverged = isinstance(error, Diverged) and error.run is self
+            self.stop("diverged" if diverged else "failed", str(error) or type(error).__name__)
             raise
-        finally:
-            folder.close()
-        return result
 
-    def _train_epoch(self, epoch: int) -> tuple[float, float]:
+    def finish_epoch(self, train_loss: float, train_error: float, start: float) -> None:
+        """Test where it is time, save and report an epoch that began at `start` of `time.perf_counter`.
+
+        Raises:
+            Diverged: for a test loss that is not finite.
+            OSError: if the folder cannot be written any more.
+        """
+        config, result, epoch = self.config, self.result, self.epoch + 1
+        record = {"epoch": epoch, "lr": config.learning_rate(epoch), "train_loss": train_loss, "train_error": train_error}
+        if epoch == config.num_epochs or (config.eval_freq and epoch % config.eval_freq == 0):
+            for version, test_set in self.test_sets.items():
+                loss, error = evaluate(self.model, test_set, config.precision)
+                # The last step of an epoch can be the one that spoils the weights.
+                if not math.isfinite(loss):
+                    raise Diverged(
+                        f"the loss on {version} test digits is {loss} after step {self.steps} of {self.steps} "
+                        f"in epoch {epoch}: a lower --lr may help", self
+                    )
+                record[f"test_loss_{version}"], record[f"test_error_{version}"] = loss, error
+        record["seconds"] = time.perf_counter() - start
+        result["epochs"].append(record)
+        result["seconds"] += record["seconds"]
+        if self.finished:
+            result["status"] = "finished"
+            result["test_error"] = {version: record[f"test_error_{version}"] for version in self.test_sets}
+        # Saved before it is told: an epoch that was seen on the terminal is in the files.
+        self.folder.save(self.checkpoint())
+        self._report(record)
+
+    def checkpoint(self) -> dict:
+        """All that the rest of the run depends on, as of the last finished epoch."""
+        return {
+            "config": asdict(self.config),
+            "data": self.result["data"],
+            "device": self.device.type,
+            "model": {name: value.cpu() for name, value in self.model.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "random": self.random | {"order": self.order.get_state()},
+            "result": self.result,
+        }
+
+    def _restore(self, checkpoint: dict, path: Path) -> None:
+        """Put the run where the checkpoint is. `path` names it in errors."""
+        theirs = DEFAULTS | checkpoint["config"]  # what it does not know had its default
+        for name, value in self.config.protocol().items():
+            if name not in REPORTING and theirs.get(name) != value:
+                raise BadCheckpoint(f"{path} is of a run with {name} {theirs.get(name)}, not {value}")
+        if checkpoint["data"].get("sha256") != self.result["data"]["sha256"]:
+            raise BadCheckpoint(f"{path} is of a run on another {checkpoint['data'].get('file')} than {self.result['data']['file']} is now")
+        if checkpoint["device"] != self.device.type:
+            raise BadCheckpoint(f"{path} is of a run on {checkpoint['device']}: it goes on only there (--device {checkpoint['device']})")
+        began = self.result
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            # Its settings are those of the configuration; only what it has gathered comes from the file.
+            state = checkpoint["optimizer"]["state"]
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+            for i, parameter in enumerate(self.model.parameters()):
+                if not state[i]["exp_avg"].shape == state[i]["exp_avg_sq"].shape == parameter.shape or state[i]["step"].ndim:
+                    raise ValueError("shapes of the optimizer's state")
+            self.random = {name: state for name, state in checkpoint["random"].items() if name != "order"}
+            self.order.set_state(checkpoint["random"]["order"])
+            self.set_global_random_states()
+            self.result = checkpoint["result"] | {"config": self.config.protocol()}
+            if not 1 <= self.epoch <= self.config.num_epochs:
+                raise ValueError(f"{self.epoch} epochs")
+            if any(not {"lr", "train_loss", "train_error", "seconds"} <= set(record) for record in self.result["epochs"]):
+                raise ValueError("records of the epochs")
+            if self.finished and set(self.result["test_error"]) != set(self.test_sets):
+                raise ValueError("test errors")
+            if not self.finished:
+                self.result["resumed"] = [*self.result.get("resumed", []), {"after_epoch": self.epoch, "environment": began["environment"]}]
+        except Exception as error:  # a well-formed file may hold anything
+            reason = " ".join(str(error).split())[:200]
+            raise BadCheckpoint(f"{path} does not fit its own configuration ({reason}): delete it, and the run begins anew") from error
+
+    def global_random_states(self) -> dict[str, Tensor]:
+        """Of the generators that dropout draws from."""
+        states = {"cpu": torch.get_rng_state()}
+        return states | {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else states
+
+    def set_global_random_states(self) -> None:
+        torch.set_rng_state(self.random["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.random["cuda"], self.device)
+
+    def _train_epoch(self) -> tuple[float, float]:
         """One pass over the training set. Returns the mean loss and the error in %, both in training mode."""
         config = self.config
+        self.set_global_random_states()
+        self.optimizer.param_groups[0]["lr"] = config.learning_rate(self.epoch + 1)
         self.model.train()
         losses = torch.zeros(self.steps, device=self.device)
         wrong = torch.zeros((), dtype=torch.long, device=self.device)
-        progress = tqdm(
-            batches(self.training_set, config.batch_size, self.order),
-            desc=f"epoch {epoch}/{config.num_epochs}", total=self.steps, leave=False, disable=None,
-        )
-        for step, (images, labels) in enumerate(progress):
+        for step, (images, labels) in enumerate(self.progress(batches(self.training_set, config.batch_size, self.order))):
             self.optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 logits = self.model(images)
-                loss = F.cross_entropy(logits.float(), labels)
+                loss = cross_entropy(logits, labels)
             loss.backward()
             self.optimizer.step()
             losses[step] = loss.detach()
             wrong += (logits.argmax(1) != labels).sum()
             # To look at a loss on a GPU means to wait for it: there, once an epoch is enough.
             if self.device.type == "cpu" or step == self.steps - 1:
-                self._check_finite(losses[:step + 1], epoch)
+                self.check_finite(losses[:step + 1])
+        self.random = self.global_random_states()
         return losses.mean().item(), 100 * wrong.item() / (self.steps * config.batch_size)
 
-    def _check_finite(self, losses: Tensor, epoch: int) -> None:
+    def progress(self, steps: Iterable, seeds: str = "") -> Iterable:
+        """The steps of an epoch, counted on the terminal."""
+        config = self.config
+        name = "" if self.folder.verbose else f"{config.model} trained on {config.train_mode}, seed {seeds or config.seed}, "
+        return tqdm(steps, desc=f"{name}epoch {self.epoch + 1}/{config.num_epochs}", total=self.steps, leave=False,
+                    disable=None if self.bar else True)
+
+    def check_finite(self, losses: Tensor) -> None:
+        """Raises Diverged naming the first of this epoch's losses that is not finite."""
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             step = int(bad[0])
-            raise FloatingPointError(
-                f"the loss is {losses[step].item()} at step {step + 1} of {self.steps} in epoch {epoch}: a lower --lr may help"
+            raise Diverged(
+                f"the loss is {losses[step].item()} at step {step + 1} of {self.steps} in epoch {self.epoch + 1}: "
+                "a lower --lr may help", self
             )
 
     def _format_errors(self, record: dict) -> str:
@@ -402,12 +493,16 @@ class Run:
         if errors:
             line += f"test error {errors}  "
         self.folder.say(f"{line}{record['seconds']:.1f} s")
+        self._write_events(record)
+
+    def _write_events(self, record: dict) -> None:
         tags = {"lr": "lr", "train_loss": "loss/train", "train_error": "error/train"}
         for version in self.test_sets:
             tags |= {f"test_{kind}_{version}": f"{kind}/test_{version}" for kind in ("loss", "error")}
         self.folder.scalars({tags[key]: value for key, value in record.items() if key in tags}, record["epoch"])
 
-    def _stop(self, status: str, reason: str | None = None) -> None:
+    def stop(self, status: str, reason: str | None = None) -> None:
+        """Log and write down why the run ends before its time."""
         self.result["status"] = status
         if reason:
             self.result["reason"] = reason
@@ -420,6 +515,11 @@ class Run:
                 self.folder.say(f"{line}  ({self.folder.path})")
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """In float32 at least, whatever autocast made of the logits."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction=reduction)
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, precision: str = "fp32") -> tuple[float, float]:
     """Mean cross-entropy and error in % of a model on a split that lives on its device. The model is left in eval mode."""
@@ -430,24 +530,36 @@ def evaluate(model: nn.Module, split: Split, precision: str = "fp32") -> tuple[f
     for images, labels in batches(split, EVAL_BATCH_SIZE):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images)
-        loss += F.cross_entropy(logits.float(), labels, reduction="sum")
+        loss += cross_entropy(logits, labels, reduction="sum")
         wrong += (logits.argmax(1) != labels).sum()
     n = len(split.labels)
     return loss.item() / n, 100 * wrong.item() / n
 
 
-def command_line() -> CommandLine:
-    """An option for each field of `Config`, with its default."""
-    parser = CommandLine(__doc__)
-    defaults = {field.name: field.default for field in dataclass_fields(Config)}
+def error_against_shift(model: nn.Module, centered: Split, precision: str = "fp32") -> list[float]:
+    """Error in % of a model on digits moved by each of the strip's 2L isometries, from shift 0 to 2L - 1."""
+    errors = []
+    for shift in range(2 * LENGTH):
+        shifted = Split(isometry_action(centered.images, shift, SCALAR), centered.labels)
+        errors.append(evaluate(model, shifted, precision)[1])
+    return errors
+
+
+DEFAULTS = {field.name: field.default for field in dataclass_fields(Config) if field.name != "model"}
+
+
+def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> None:
+    """An option for each field of `Config` but those `left_out`. What is not given is not in the parsed options."""
+    defaults = {"model": None} | DEFAULTS | other_defaults
 
     def add(name, text, **kwargs):
-        if name != "model":
-            kwargs["default"] = defaults[name]
-            text += "" if defaults[name] is None or defaults[name] is True else " (%(default)s)"
-        parser.add_argument(f"--{name}", help=text, **kwargs)
+        if name not in left_out:
+            if defaults[name] is not None:
+                shown = ("off", "on")[defaults[name]] if name == "tensorboard" else defaults[name]
+                text += f" ({shown})"
+            parser.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **kwargs)
 
-    add("model", "one of the seven", choices=MODELS, required=True, metavar="{" + ",".join(MODELS) + "}")
+    add("model", "one of the seven", choices=MODELS, metavar="{" + ",".join(MODELS) + "}")
     add("train_mode", "version of the training digits", choices=TRAIN_MODES)
     add("test_mode", "version of the test digits", choices=TEST_MODES)
     add("num_epochs", "passes over the training set", type=int, metavar="N")
@@ -464,23 +576,131 @@ def command_line() -> CommandLine:
     add("device", "auto is cuda where there is one", choices=DEVICES)
     add("precision", "bf16: automatic mixed precision", choices=PRECISIONS)
     add("log_dir", "the run's folder is made in it", metavar="FOLDER")
-    add("tensorboard", "write TensorBoard events, as is the default, or not", action=argparse.BooleanOptionalAction)
+    add("tensorboard", "write TensorBoard events or not", action=argparse.BooleanOptionalAction)
+
+
+def command_line() -> CommandLine:
+    parser = CommandLine(__doc__)
+    add_train_options(parser)
+    parser.add_argument(
+        "--resume", nargs="?", const=LATEST, metavar="RUN",
+        help="go on with the run in this folder; without a folder, with the latest run of these options in --log_dir, or begin one",
+    )
+    parser.add_argument("--eval_only", action="store_true", help="test the network of --checkpoint, train nothing")
+    parser.add_argument("--checkpoint", metavar="FILE", help="checkpoint.pt of a run, or weights of a --model")
     return parser
+
+
+def resumed_run(source, options: dict) -> Run:
+    """The run that --resume names, ready to go on.
+
+    Args:
+        source: a run's folder, or the checkpoint.pt in it; or `LATEST`.
+        options: what was given on the command line.
+
+    Raises:
+        ValueError, OSError, Busy: as `Run` does; and if there is no checkpoint, or an option contradicts it.
+    """
+    if source is LATEST:
+        return _latest_run(Config(**options))
+    path = Path(source)
+    if source == "" or not path.is_file():
+        path = path / "checkpoint.pt"
+        if not path.is_file():
+            raise ValueError(f"--resume {source or repr('')}: there is no checkpoint (one is written after each epoch); start the run anew")
+    elif path.name != "checkpoint.pt":
+        raise ValueError(f"--resume takes a run's folder or the checkpoint.pt in it, got {source}")
+    checkpoint = read_checkpoint(path)
+    config = _config_of(checkpoint, path, {"device": checkpoint["device"]} | options)
+    return Run(config, folder=path.parent)
+
+
+def _config_of(checkpoint: dict, path: Path, options: dict) -> Config:
+    """A checkpoint's configuration, with the options given instead of its own."""
+    try:
+        return Config(**checkpoint["config"] | options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the configuration in {path}, with the options given: {error}") from error
+
+
+def _latest_run(config: Config) -> Run:
+    data = find_data(config, select_device(config.device))
+    stopped, finished = [], []
+    for path in Path(config.log_dir).glob("*/result.json"):
+        with contextlib.suppress(ValueError, OSError):  # some other run's, damaged
+            result = read_result(path)
+            same = result["config"] == config.protocol() and result["data"]["sha256"] == data.sha256
+            if same and path.with_name("checkpoint.pt").exists():
+                (finished if result["status"] == "finished" else stopped).append(path)
+    for paths in (stopped, finished):
+        if paths:
+            return Run(config, max(paths, key=lambda path: path.stat().st_mtime).parent, data)
+    say(f"no run of these options in {config.log_dir} yet: this is the first")
+    return Run(config, data=data)
+
+
+def evaluate_checkpoint(file, options: dict) -> str:
+    """A line with the test errors of the network in `file`, a checkpoint.pt or a model's weights.
+
+    Raises:
+        ValueError, OSError: for a file, an option or data that do not fit.
+    """
+    superfluous = sorted(set(options) - set(EVAL_OPTIONS))
+    if superfluous:
+        raise ValueError(f"--eval_only does not train: leave out {', '.join(f'--{name}' for name in superfluous)}")
+    if file is None:
+        raise ValueError("--eval_only takes a --checkpoint FILE")
+    if "dataset" in options:
+        options = {"data": None, "mnist_root": None} | options
+    weights = read_weights(file)
+    trained = ""
+    if "format" in weights:
+        checkpoint = read_checkpoint(file)
+        theirs = checkpoint["config"].get("model")
+        if options.get("model", theirs) != theirs:
+            raise ValueError(f"{file} holds a {theirs}, not a {options['model']}")
+        config = _config_of(checkpoint, file, {"device": "auto"} | options)
+        weights, trained = checkpoint["model"], f" after {len(checkpoint['result'].get('epochs', []))} epochs"
+    elif "model" not in options:
+        raise ValueError(f"{file} holds weights alone: say of which --model")
+    else:
+        config = Config(**options)
+    device = select_device(config.device)
+    model = build_model(config.model)
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:  # a well-formed file may hold anything
+        raise ValueError(f"{file} does not hold the weights of {config.model}") from error
+    data = find_data(config, device)
+    model.to(device)
+    errors = []
+    for version in config.test_versions:
+        split = data.splits[f"test_{version}"]
+        errors.append(f"{version} {evaluate(model, split, config.precision)[1]:.2f} %")
+    return f"{config.model}{trained}, {len(split.labels):,} test digits of {data.file}: test error {', '.join(errors)}"
 
 
 def main(argv=None) -> None:
     parser = command_line()
-    options = parser.parse_args(argv)
+    options = vars(parser.parse_args(argv))
+    resume, eval_only, checkpoint = (options.pop(name) for name in ("resume", "eval_only", "checkpoint"))
+    if "model" not in options and not eval_only and (resume is None or resume is LATEST):
+        parser.error("the following arguments are required: --model")
+    if eval_only and resume is not None or checkpoint is not None and not eval_only:
+        parser.error("--checkpoint goes with --eval_only, and --resume without it")
     keep_freed_memory()
     try:
-        run = Run(Config(**vars(options)))
-    except (ValueError, OSError) as error:
+        if eval_only:
+            return say(evaluate_checkpoint(checkpoint, options))
+        run = Run(Config(**options)) if resume is None else resumed_run(resume, options)
+    except (ValueError, OSError, Busy) as error:
         parser.error(error)
     except KeyboardInterrupt:
         sys.exit(130)
     try:
-        run.train()
-    except OSError as error:
+        with contextlib.closing(run):
+            run.train()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(error)
     except FloatingPointError as error:
         sys.exit(f"{parser.prog}: error: {error}")

@@ -1,6 +1,6 @@
 """Tests of every file, in the order in which they import each other.
 
-    python unit_tests.py            all of them, about a minute
+    python unit_tests.py            all of them, about two minutes
     python unit_tests.py TestMobiusConv         one group
     python -m pytest unit_tests.py  the same with pytest
 
@@ -8,8 +8,11 @@ Reference implementations are written out from the definitions, with explicit ma
 code with what they test. Equivariance is tested in float64 to 1e-10, beside a layer or model that must fail.
 """
 
+import argparse
+import collections
 import contextlib
 import copy
+import csv
 import gzip
 import io
 import itertools
@@ -17,8 +20,10 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -41,8 +46,12 @@ import torch.nn.utils.prune
 import benchmark
 import convert_mnist
 import data_loader
+import parallel_seeds
+import reproduce
+import run_folder
 import spectral
 import train
+import visualize
 from fast_path import is_plain
 from fields import Fields, PlanarFields, adjacent_channels, arrange_channels, as_fields, gauge_transform, isometry_action
 from models import CNN, MODELS, MODES, MobiusGaugeCNN, build_model, count_parameters, export
@@ -57,8 +66,17 @@ KERNEL_SIZES = (1, 3, 5, 7)
 SIZES = [(6, 8), (7, 8), (6, 7), (5, 5)]  # (W, L), odd and even
 
 
+COUNTS = collections.Counter()  # of what was survived
+
+
 def setUpModule():
     torch.manual_seed(0)
+
+
+def tearDownModule():
+    if os.environ.get("RELIABILITY"):  # the file of the README's figures
+        environment = train.describe_environment(torch.device("cpu"))
+        run_folder.write_json(os.environ["RELIABILITY"], {"environment": environment, "survived": dict(COUNTS)})
 
 
 def channels(fields) -> int:
@@ -1287,6 +1305,7 @@ class FilesCase(Case):
         self.assertEqual(len(printed.strip().splitlines()), 1, printed)
         for text in [contains] if isinstance(contains, str) else contains:
             self.assertIn(text, printed)
+        COUNTS["bad inputs"] += 1
         return printed
 
     def files(self):
@@ -1628,15 +1647,136 @@ class TestDataLoader(FilesCase):
             self.assertTrue(torch.equal(batch.images.flatten().long(), batch.labels))
 
 
-class TestTrain(FilesCase):
+class Zygote:
+    """A process that has imported everything and forks one child for each command: as a fresh Python, but seconds faster.
+
+    `start` returns a pid, `wait` the exit status and what was printed; a child may be killed meanwhile.
+    """
+
+    CODE = """
+import faulthandler, json, os, signal, sys, traceback
+import torch, train, reproduce
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+torch.set_num_threads(1)
+for line in sys.stdin:
+    module, arguments, environment, output = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.environ.update(environment)
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1), os.dup2(file, 2)
+        faulthandler.register(signal.SIGUSR1)
+        status = 0
+        try:
+            sys.modules[module].main(arguments)
+        except SystemExit as exit:
+            status = exit.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 70
+        sys.stdout.flush(), sys.stderr.flush()
+        os.write(file, f"\\nexit {status}".encode())
+        os._exit(0)
+    print(pid, flush=True)
+"""
+    _process = None
+
+    @classmethod
+    def start(cls, module, arguments, output, **environment) -> int:
+        if cls._process is None:
+            cls._process = subprocess.Popen([sys.executable, "-c", cls.CODE], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            unittest.addModuleCleanup(cls._stop)
+        cls._process.stdin.write(json.dumps([module, list(map(str, arguments)), environment, str(output)]) + "\n")
+        cls._process.stdin.flush()
+        return int(cls._process.stdout.readline())
+
+    @classmethod
+    def _stop(cls):
+        cls._process.stdin.close()
+        cls._process.stdout.close()
+        cls._process.wait()
+        cls._process = None
+
+    @staticmethod
+    def wait(pid, output, seconds=30):
+        """The exit status, None of a process that was killed, and its output."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                printed, _, status = Path(output).read_text().rpartition("\nexit ") if Path(output).exists() else ("", "", "")
+                return (int(status) if status.lstrip("-").isdigit() else None), printed
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGUSR1)  # tells where it is
+        time.sleep(1)
+        os.kill(pid, signal.SIGKILL)
+        raise AssertionError(f"still at work after {seconds} s: {Path(output).read_text()}")
+
+
+class RunsCase(FilesCase):
+    """Runs of two epochs on a few digits, a fraction of a second each."""
+
+    DIGITS, BATCH = (8, 8), 4  # for training and test
+
     def setUp(self):
         super().setUp()
-        self.data = write_npz(self.folder / "digits.npz")
+        self.data = write_npz(self.folder / "digits.npz", *self.DIGITS)
+        self.logs = self.folder / "logs"
 
     def config(self, **options):
-        options = {"model": "mobius_regular", "num_epochs": 2, "batch_size": 16, "data": str(self.data), "device": "cpu",
-                   "log_dir": str(self.folder / "logs"), "tensorboard": False} | options
+        options = {"model": "mobius_regular", "num_epochs": 2, "batch_size": self.BATCH, "data": str(self.data), "device": "cpu",
+                   "log_dir": str(self.logs), "tensorboard": False} | options
         return train.Config(**options)
+
+    def options(self, *more):
+        return ["--model", "mobius_regular", "--data", self.data, "--log_dir", self.logs, "--num_epochs", "2",
+                "--batch_size", self.BATCH, "--device", "cpu", "--no-tensorboard", *more]
+
+    def finish(self, config, folder=None, stop_after=None):
+        """Train a run, to the end or up to an epoch; returns its folder."""
+        def after_epoch():
+            if run.epoch == stop_after:
+                raise KeyboardInterrupt
+
+        run = train.Run(config, folder, verbose=False)
+        with contextlib.closing(run), contextlib.suppress(KeyboardInterrupt):
+            run.train(after_epoch)
+        return run.folder.path
+
+    def main(self, module, *arguments):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            module.main([str(argument) for argument in arguments])
+        return printed.getvalue()
+
+    def assertSameRun(self, folder, expected):
+        """The same weights, optimizer, random states and metrics, bit for bit."""
+        for file in ("weights.pt", "checkpoint.pt"):
+            if (expected / file).exists():
+                self.assertSameTree(torch.load(folder / file, weights_only=True), torch.load(expected / file, weights_only=True), file)
+        stored = json.loads((folder / "result.json").read_text())
+        other = json.loads((expected / "result.json").read_text())
+        self.assertSameTree(stored, other, "result.json")
+        return stored
+
+    def assertSameTree(self, a, b, path):
+        self.assertIs(type(a), type(b), path)
+        if isinstance(a, dict):
+            volatile = {"seconds", "started", "resumed", "log_dir"}
+            self.assertEqual(set(a) - volatile, set(b) - volatile, path)
+            for key in set(a) - volatile:
+                self.assertSameTree(a[key], b[key], f"{path} {key}")
+        elif isinstance(a, list):
+            self.assertEqual(len(a), len(b), path)
+            for i, values in enumerate(zip(a, b)):
+                self.assertSameTree(*values, f"{path} {i}")
+        else:
+            self.assertTrue(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, f"{path}: {a} and {b}")
+
+
+class TestTrain(RunsCase):
+    DIGITS, BATCH = (64, 32), 16
 
     def train(self, **options):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -1649,8 +1789,9 @@ class TestTrain(FilesCase):
                 "--batch_size", "16", "--device", "cpu", "--no-tensorboard", *more]
 
     def test_defaults_are_the_protocol(self):
-        config = train.Config(**vars(train.command_line().parse_args(["--model", "mobius_regular"])))
-        self.assertEqual(config, train.Config("mobius_regular"))
+        options = vars(train.command_line().parse_args(["--model", "mobius_regular"]))
+        config = train.Config("mobius_regular")
+        self.assertEqual(options, {"model": "mobius_regular", "resume": None, "eval_only": False, "checkpoint": None})
         self.assertEqual(vars(config), vars(config) | {
             "train_mode": "centered", "test_mode": "both", "num_epochs": 20, "batch_size": 128, "weight_decay": 1e-6, "lr": 5e-3,
             "lr_decay_period": 4, "lr_decay_factor": 2, "eval_freq": 1, "dataset": "mnist", "device": "auto", "precision": "fp32",
@@ -1827,14 +1968,14 @@ class TestTrain(FilesCase):
             self.assertEqual((stored["status"], stored["test_error"]), ("diverged", None))
 
     def test_disk_full(self):
-        full, save = OSError(28, "No space left on device"), train.RunFolder.save
+        full, save = OSError(28, "No space left on device"), run_folder.RunFolder.save
 
-        def save_once(folder, result, model):
-            if len(result["epochs"]) > 1:
+        def save_once(folder, checkpoint):
+            if len(checkpoint["result"]["epochs"]) > 1:
                 raise full
-            save(folder, result, model)
+            save(folder, checkpoint)
 
-        with mock.patch.object(train.RunFolder, "save", save_once):
+        with mock.patch.object(run_folder.RunFolder, "save", save_once):
             self.assertFails(train.main, *self.options("--num_epochs", "3"), contains="No space left")
         (path,) = (self.folder / "logs").glob("*/result.json")
         self.assertEqual(json.loads(path.read_text())["status"], "failed")
@@ -1923,16 +2064,843 @@ class TestTrain(FilesCase):
 
     def test_runs_of_the_same_second_do_not_mix(self):
         with mock.patch("time.strftime", return_value="20260101-000000"):
-            folders = [train.RunFolder(self.config()) for _ in range(3)]
-        for folder in folders:
-            folder.close()
-        self.assertEqual(len({folder.path for folder in folders}), 3)
+            folders = {run_folder.new_folder(self.logs, "digits: a|b") for _ in range(3)}
+        self.assertEqual({folder.name for folder in folders}, {f"digits__a_b-20260101-000000{end}" for end in ("", "-2", "-3")})
 
     def test_help_writes_nothing(self):
         for script in ("train.py", "convert_mnist.py"):
             process = subprocess.run([sys.executable, ROOT / script, "-h"], cwd=self.folder, capture_output=True, text=True, check=True)
             self.assertIn("--seed", process.stdout)
         self.assertEqual([path.name for path in self.folder.iterdir()], ["digits.npz"])
+
+
+class TestCheckpoints(RunsCase):
+    KILLS = 20
+
+    def test_resume_is_exact(self):
+        write_npz(self.data, 32, 16)
+        for options in ({"model": "mobius_mixed", "batch_size": 16}, {"precision": "bf16", "eval_freq": 2}):
+            config = self.config(num_epochs=4, lr_decay_period=1, **options)
+            expected = self.finish(config)
+            folder = self.finish(config, stop_after=1)
+            for epoch in (2, None):
+                torch.manual_seed(1234)  # whatever this process drew meanwhile
+                self.finish(config, folder, stop_after=epoch)
+            stored = self.assertSameRun(folder, expected)
+            self.assertEqual([session["after_epoch"] for session in stored["resumed"]], [1, 2])
+            # Another seed is another run: the comparison can fail.
+            other = self.finish(self.config(num_epochs=4, lr_decay_period=1, **options | {"seed": 8}))
+            with self.assertRaises(AssertionError):
+                self.assertSameRun(folder, other)
+
+    def test_resume_from_the_command_line(self):
+        expected = self.finish(self.config(num_epochs=3))
+        config = self.config(num_epochs=3)
+        for source in (lambda folder: folder, lambda folder: folder / "checkpoint.pt"):
+            folder = self.finish(config, stop_after=1)
+            printed = self.main(train, "--resume", source(folder))
+            self.assertIn("continued after epoch 1 of 3", printed)
+            self.assertSameRun(folder, expected)
+            # A finished run is finished.
+            before = (folder / "weights.pt").read_bytes()
+            printed = self.main(train, "--resume", source(folder), "--model", "mobius_regular")
+            self.assertIn("test error: shifted", printed)
+            self.assertNotIn("epoch  3/3", printed)
+            self.assertEqual((folder / "weights.pt").read_bytes(), before)
+
+    def test_resume_the_latest(self):
+        options = self.options("--num_epochs", "3", "--resume")
+        printed = self.main(train, *options)
+        self.assertIn("this is the first", printed)
+        (folder,) = self.logs.iterdir()
+        self.assertIn("continued after epoch 3 of 3", self.main(train, *options))
+        self.finish(self.config(num_epochs=3, seed=1), stop_after=1)
+        stopped = self.finish(self.config(num_epochs=3), stop_after=2)
+        self.finish(self.config(num_epochs=3, data=str(write_npz(self.folder / "other.npz", 16, 8))), stop_after=1)
+        (self.logs / "damaged").mkdir()
+        (self.logs / "damaged" / "result.json").write_text("{")
+        printed = self.main(train, *options)
+        self.assertIn("continued after epoch 2 of 3", printed)
+        self.assertIn(str(stopped), printed)
+        self.assertSameRun(stopped, folder)
+        self.assertFails(train.main, "--resume", contains="--model")
+
+    def test_tensorboard_of_a_resumed_run(self):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        config = self.config(num_epochs=3, tensorboard=True)
+        folder = self.finish(config, stop_after=2)
+        time.sleep(1.1)  # TensorBoard names its files by the second
+        self.finish(config, folder)
+        records = json.loads((folder / "result.json").read_text())["epochs"]
+        scalars = EventAccumulator(str(folder)).Reload().Scalars("loss/train")
+        self.assertEqual([event.step for event in scalars], [1, 2, 3])
+        for event, record in zip(scalars, records):
+            self.assertAlmostEqual(event.value, record["train_loss"], places=5)
+
+    def test_killed_at_any_moment(self):
+        """SIGKILL, twenty times: nothing is lost but the epoch that was running."""
+        epochs = 8
+        # One thread, as the children have.
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        torch.set_num_threads(1)
+        start = time.monotonic()
+        expected = self.finish(self.config(num_epochs=epochs))
+        epoch_seconds = (time.monotonic() - start) / epochs
+        random, kills, finished = np.random.default_rng(), 0, 0  # other moments each time
+        folder, output = self.folder / "run", self.folder / "printed"
+        options = self.options("--num_epochs", epochs, "--log_dir", folder)
+        while kills < self.KILLS:
+            if finished == epochs:  # and once more from the start
+                self.main(train, *options, "--resume")  # the kill may have come before all files followed from the checkpoint
+                self.assertSameRun(next(folder.iterdir()), expected)
+                shutil.rmtree(folder)
+                finished = 0
+            output.unlink(missing_ok=True)
+            pid = Zygote.start("train", [*options, "--resume"], output)
+            time.sleep(random.uniform(0.1, 0.1 + 2.5 * epoch_seconds))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            status, printed = Zygote.wait(pid, output)
+            self.assertIn(status, (None, 0), printed)
+            kills += status is None
+            told = [int(epoch) for epoch in re.findall(r"^epoch +(\d+)/", printed, re.MULTILINE)]
+            # Its checkpoint is whole, and of an epoch at least as late as those that were seen; so are the other files.
+            checkpoints = list(folder.glob("*/checkpoint.pt"))
+            if checkpoints:
+                (path,) = checkpoints
+                stored = run_folder.read_checkpoint(path)
+                epoch = len(stored["result"]["epochs"])
+                self.assertGreaterEqual(epoch, max([finished, *told]))
+                if finished:
+                    self.assertIn(f"continued after epoch {finished} of", printed + f"continued after epoch {finished} of" * (not printed))
+                finished = epoch
+                run_folder.read_result(path.with_name("result.json"))
+            else:
+                self.assertEqual((finished, told), (0, []))
+                shutil.rmtree(folder, ignore_errors=True)
+        COUNTS["kills of train.py"] += kills
+        output.unlink(missing_ok=True)
+        status, printed = Zygote.wait(Zygote.start("train", [*options, "--resume"], output), output)
+        self.assertEqual(status, 0, printed)
+        (folder,) = folder.iterdir()
+        self.assertSameRun(folder, expected)
+        self.assertEqual([path.name for path in folder.glob(".*")], [])
+
+    def test_bad_checkpoints(self):
+        folder = self.finish(self.config(num_epochs=3), stop_after=1)
+        path = folder / "checkpoint.pt"
+        whole = path.read_bytes()
+
+        def changed(**changes):
+            checkpoint = torch.load(io.BytesIO(whole), weights_only=True)
+            checkpoint |= {key: value(checkpoint[key]) if callable(value) else value for key, value in changes.items()}
+            file = io.BytesIO()
+            torch.save({key: value for key, value in checkpoint.items() if value is not None}, file)
+            return file.getvalue()
+
+        resume = ("--resume", folder)
+        cases = [(whole[:n], resume, ["truncated or no checkpoint"]) for n in (0, 1, 100, len(whole) // 2, len(whole) - 1)]
+        cases += [
+            (b"some other file" * 100, resume, ["truncated or no checkpoint"]),
+            (self.data.read_bytes(), resume, ["truncated or no checkpoint"]),
+            ((folder / "weights.pt").read_bytes(), resume, ["weights alone"]),
+            (changed(format=99), resume, ["later version", "99", "update"]),
+            (changed(model=None), resume, ["lacks model"]),
+            (changed(random=None, optimizer=None), resume, ["lacks optimizer, random"]),
+            (changed(config=lambda c: c | {"lr": "fast"}), resume, ["lr"]),
+            (changed(config=lambda c: c | {"speed": 1}), resume, ["speed"]),
+            (changed(model=lambda m: {"a": torch.zeros(1)}), resume, ["does not fit"]),
+            (changed(model=build_model("mobius_mixed").state_dict()), resume, ["does not fit"]),
+            (changed(optimizer=lambda o: o | {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}}}),
+             resume, ["does not fit", "optimizer"]),
+            (changed(optimizer=lambda o: o | {"state": {}}), resume, ["does not fit", "begins anew"]),
+            (changed(optimizer=lambda o: {"state": {}}), resume, ["does not fit"]),
+            (changed(result=lambda r: r | {"epochs": []}), resume, ["does not fit"]),
+            (changed(result=lambda r: r | {"epochs": [1]}), resume, ["does not fit"]),
+            (changed(result=lambda r: r | {"epochs": [{"epoch": 1}]}), resume, ["does not fit"]),
+            (changed(result=lambda r: r | {"seconds": math.nan}), resume, ["does not fit"]),
+            (changed(result=lambda r: r | {"note": torch.ones(1)}), resume, ["does not fit"]),
+            (changed(result=lambda r: {key: value for key, value in r.items() if key != "parameters"}), resume, ["does not fit"]),
+            (changed(config=lambda c: c | {"data": 3}), resume, ["data must be a path"]),
+            (changed(format=True), resume, ["no checkpoint"]),
+            (changed(format=0), resume, ["no checkpoint"]),
+            (changed(random={}), resume, ["does not fit"]),
+            (changed(data=lambda d: d | {"sha256": "0"}), resume, ["another"]),
+            (changed(device="cuda"), (*resume, "--device", "cpu"), ["--device cuda"]),
+            (whole, (*resume, "--lr", "0.01"), ["lr 0.005, not 0.01"]),
+            (whole, (*resume, "--model", "mobius_mixed"), ["mobius_regular, not mobius_mixed"]),
+            (whole, (*resume, "--num_epochs", "5"), ["num_epochs 3, not 5"]),
+            (whole, ("--resume", folder / "log.txt"), ["checkpoint.pt in it"]),
+            (whole, ("--resume", self.folder / "nowhere"), ["nowhere", "no checkpoint"]),
+            (whole, ("--resume", ""), ["--resume ''", "no checkpoint"]),
+            (whole, (*resume, "--checkpoint", ""), ["--eval_only"]),
+            (whole, (*resume, "--eval_only", "--checkpoint", path), ["--resume"]),
+        ]
+        for content, arguments, contains in cases:
+            path.write_bytes(content)
+            before = self.files()
+            with self.subTest(contains):
+                # A configuration on the command line contradicts the file's in _restore, an own one in Config.
+                self.assertFails(train.main, *arguments, contains=contains)
+                self.assertEqual(self.files(), before)
+        # Settings of the optimizer are those of the configuration, whatever the file says of them.
+        expected = self.finish(self.config(num_epochs=3))
+        path.write_bytes(changed(optimizer=lambda o: {"state": o["state"], "param_groups": [o["param_groups"][0] | {"weight_decay": 1.0}]}))
+        self.assertIn("continued after epoch 1 of 3", self.main(train, *resume))
+        self.assertSameRun(folder, expected)
+
+    def test_full_disk(self):
+        """As the system reports it: one line that names the file, and what was there stays."""
+        folder = self.finish(self.config(num_epochs=3), stop_after=1)
+        before = {name: content for name, content in self.files().items() if name.endswith(".pt")}
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+        process = subprocess.run([sys.executable, ROOT / "train.py", "--resume", folder], capture_output=True, text=True, preexec_fn=limit)
+        self.assertEqual(process.returncode, 2, process.stderr)
+        self.assertRegex(process.stderr, r"^train.py: error: cannot write .*checkpoint.pt: File too large\n$")
+        self.assertEqual({name: content for name, content in self.files().items() if name.endswith(".pt")}, before)
+
+    def test_other_threads(self):
+        config = self.config(num_epochs=3)
+        folder = self.finish(config, stop_after=1)
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        torch.set_num_threads(threads + 1)
+        self.finish(config, folder)
+        self.assertIn("rounding may differ", (folder / "log.txt").read_text())
+
+    def test_code_in_a_checkpoint_is_not_run(self):
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(marker),)
+
+        marker, folder = self.folder / "run", self.finish(self.config())
+        torch.save({"format": 1, "config": Evil()}, folder / "checkpoint.pt")
+        self.assertFails(train.main, "--resume", folder, contains="checkpoint.pt")
+        self.assertFails(train.main, "--eval_only", "--checkpoint", folder / "checkpoint.pt", contains="checkpoint.pt")
+        self.assertFalse(marker.exists())
+
+    def test_one_process_at_a_time(self):
+        config = self.config(num_epochs=3)
+        folder = self.finish(config, stop_after=1)
+        run = train.Run(config, folder, verbose=False)
+        before = self.files()
+        self.assertFails(train.main, "--resume", folder, contains=["another process", str(folder)])
+        self.assertEqual(self.files(), before)
+        run.close()
+        self.assertIn("continued after epoch 1", self.main(train, "--resume", folder))
+        with mock.patch("run_folder.fcntl", None):
+            self.assertFails(train.main, "--resume", folder, contains=["cannot lock", "no flock"])
+
+    def test_eval_only(self):
+        folder = self.finish(self.config(model="mobius_mixed"))
+        errors = json.loads((folder / "result.json").read_text())["test_error"]
+        before = self.files()
+        line = f"test error shifted {errors['shifted']:.2f} %, centered {errors['centered']:.2f} %"
+        data = ("--data", self.data)
+        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt"))
+        self.assertIn("after 2 epochs", self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt"))
+        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder / "weights.pt", "--model", "mobius_mixed", *data))
+        printed = self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt", "--test_mode", "centered")
+        self.assertIn(f"test error centered {errors['centered']:.2f} %", printed)
+        for arguments, contains in [
+            ([], ["--checkpoint FILE"]),
+            (["--checkpoint", self.folder / "nowhere.pt"], ["nowhere.pt", "No such file"]),
+            (["--checkpoint", self.data], ["no checkpoint"]),
+            (["--checkpoint", folder], ["cannot read"]),
+            (["--checkpoint", folder / "weights.pt", *data], ["--model"]),
+            (["--checkpoint", folder / "weights.pt", "--model", "cnn_same_params", *data], ["cnn_same_params"]),
+            (["--checkpoint", folder / "checkpoint.pt", "--model", "mobius_regular"], ["mobius_mixed, not a mobius_regular"]),
+            (["--checkpoint", folder / "checkpoint.pt", "--lr", "1", "--seed", "2"], ["--lr, --seed"]),
+        ]:
+            with self.subTest(arguments):
+                self.assertFails(train.main, "--eval_only", *arguments, contains=contains)
+        self.assertFails(train.main, *self.options("--checkpoint", folder / "checkpoint.pt"), contains="--eval_only")
+        self.assertEqual(self.files(), before)
+
+    def test_error_against_shift(self):
+        """Each error is that of digits moved one by one; a gauge CNN's repeats every 4 columns."""
+        test = data_loader.load_dataset(self.data)["test_centered"]
+        model = randomized(build_model("mobius_regular"))
+        errors = train.error_against_shift(model, test)
+        self.assertEqual(len(errors), 56)
+        for shift in (0, 3, 28, 55):
+            moved = data_loader.Split(isometry_action(test.images, shift, (1, 0, 0)), test.labels)
+            self.assertEqual(errors[shift], train.evaluate(model, moved)[1])
+        for phase in range(4):
+            self.assertEqual(len(set(errors[phase::4])), 1)
+        cnn = randomized(build_model("cnn_same_params"))
+        with torch.no_grad():
+            cnn.classifier[7].bias.zero_()
+            logits = cnn.eval()(test.images)
+            cnn.classifier[7].bias.copy_(-logits.mean(0))  # or it sees the same class in everything
+        self.assertGreater(len(set(train.error_against_shift(cnn, test)[::4])), 1)
+
+
+# ======================================================================================================
+# parallel_seeds.py
+
+
+class TestParallelSeeds(RunsCase):
+    def runs(self, seeds, dtype=torch.float32, **options):
+        runs = []
+        for seed in seeds:
+            run = train.Run(self.config(seed=seed, **options), verbose=False)
+            self.addCleanup(run.close)
+            run.model.to(dtype)
+            # Noise: on digits, the pooling of sign-flip fields meets ties of +a and -a, which rounding breaks.
+            images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0), dtype=dtype)
+            run.training_set = data_loader.Split(images, run.training_set.labels)
+            run.test_sets = {name: data_loader.Split(images, s.labels) for name, s in run.test_sets.items()}
+            runs.append(run)
+        return runs
+
+    def assertSameRuns(self, runs, expected, tolerance):
+        for run, alone in zip(runs, expected, strict=True):
+            for (name, value), (_, of_alone) in zip(run.model.state_dict().items(), alone.model.state_dict().items(), strict=True):
+                self.assertClose(value, of_alone, tolerance, name)
+            for state, of_alone in zip(run.optimizer.state_dict()["state"].values(), alone.optimizer.state_dict()["state"].values(), strict=True):
+                for key, value in state.items():
+                    self.assertClose(value, of_alone[key], tolerance, key)
+            for name, state in run.random.items():
+                self.assertTrue(torch.equal(state, alone.random[name]))
+            self.assertTrue(torch.equal(run.order.get_state(), alone.order.get_state()))
+            for record, of_alone in zip(run.result["epochs"], alone.result["epochs"], strict=True):
+                self.assertEqual(set(record), set(of_alone))
+                for key in set(record) - {"seconds"}:
+                    self.assertAlmostEqual(record[key], of_alone[key], places=5)
+            self.assertEqual(run.result["status"], alone.result["status"])
+
+    def test_equal_to_separate_runs(self):
+        """In float64, where rounding has not grown to anything after two epochs of a small learning rate."""
+        for model in ("mobius_mixed", "cnn_same_params"):
+            options = {"model": model, "dtype": DOUBLE, "lr": 1e-4, "lr_decay_period": 1}
+            alone = self.runs((3, 0), **options)
+            for run in alone:
+                run.train()
+            together = self.runs((3, 0), **options)
+            parallel_seeds.ParallelRuns(together).train()
+            self.assertSameRuns(together, alone, 1e-7)
+            with self.assertRaises(AssertionError):  # a seed makes more of a difference
+                self.assertSameRuns(together, alone[::-1], 1e-7)
+            for run in together:
+                self.assertSameTree(torch.load(run.folder.path / "weights.pt", weights_only=True), dict(run.model.state_dict()), "weights")
+
+    def test_either_goes_on_with_the_other(self):
+        options = {"dtype": DOUBLE, "lr": 1e-4, "num_epochs": 3}
+        alone = self.runs((0, 1), **options)
+        for run in alone:
+            run.train()
+        runs = self.runs((0, 1), **options)
+
+        def stop_after(epoch):
+            if runs[-1].epoch == epoch:
+                raise KeyboardInterrupt
+
+        for run in runs:
+            with contextlib.suppress(KeyboardInterrupt):
+                run.train(lambda run=run: (_ for _ in ()).throw(KeyboardInterrupt))
+        with contextlib.suppress(KeyboardInterrupt):
+            parallel_seeds.ParallelRuns(runs).train(lambda: stop_after(2))
+        self.assertEqual([run.epoch for run in runs], [2, 2])
+        for run in runs:
+            run.train()
+        self.assertSameRuns(runs, alone, 1e-7)
+
+    def test_bf16(self):
+        """Rounded where autocast rounds."""
+        for model in ("mobius_regular", "cnn_same_params"):
+            losses = {}
+            for precision, parallel in (("bf16", True), ("bf16", False), ("fp32", False)):
+                runs = self.runs((0, 1), model=model, precision=precision, num_epochs=1, batch_size=8)  # one step
+                if parallel:
+                    dtypes = set()
+                    together = parallel_seeds.ParallelRuns(runs)
+                    for module in together.model.modules():
+                        if isinstance(module, (MobiusConv, MobiusConvNaive, nn.Linear, parallel_seeds._GivenDropout)):
+                            module.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+                    together.train()
+                    self.assertEqual(dtypes, {torch.bfloat16})
+                else:
+                    for run in runs:
+                        run.train()
+                losses[precision, parallel] = torch.tensor([run.result["epochs"][0]["train_loss"] for run in runs])
+            self.assertLess((losses["bf16", True] - losses["bf16", False]).abs().max(), 0.05)
+            self.assertFalse(torch.equal(losses["bf16", True], losses["fp32", False]))
+
+    def test_what_does_not_go_together(self):
+        first, *others = (*self.runs((0,)), *self.runs((1,), lr=0.1), *self.runs((1,), model="cnn_same_params"))
+        for other in others:
+            with self.assertRaisesRegex(ValueError, "the same configuration"):
+                parallel_seeds.ParallelRuns([first, other])
+        (ahead,) = self.runs((1,))
+        with contextlib.suppress(KeyboardInterrupt):
+            ahead.train(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with self.assertRaisesRegex(ValueError, "same epoch"):
+            parallel_seeds.ParallelRuns([first, ahead])
+
+    def test_loss_that_is_not_finite(self):
+        runs = self.runs((0, 1))
+        with torch.no_grad():
+            runs[1].model.classifier[7].bias[0] = math.inf
+        with self.assertRaisesRegex(FloatingPointError, "seed 1: the loss is nan at step 1 of 2 in epoch 1"):
+            parallel_seeds.ParallelRuns(runs).train()
+        self.assertEqual([run.epoch for run in runs], [0, 0])
+
+
+# ======================================================================================================
+# reproduce.py
+
+
+class TestReproduce(RunsCase):
+    KILLS = 8
+
+    def options(self, *more):
+        return ["--data", self.data, "--results", self.folder / "results", "--batch_size", self.BATCH, "--num_epochs", "2", "--device", "cpu",
+                "--models", "mobius_regular", "cnn_same_params", "--train_modes", "centered", "--runs", "2", *more]
+
+    def study(self, *more):
+        options = vars(reproduce.command_line().parse_args([str(option) for option in self.options(*more)]))
+        return reproduce.plan({key: value for key, value in options.items() if key not in ("table", "error_against_shift")})[0]
+
+    def results(self, folder="results"):
+        return {path.name: path for path in (self.folder / folder / "runs").glob("*.json")}
+
+    def write_results(self, study, error):
+        """Results as train.py leaves them, with test errors `error(config, version)`."""
+        for config in study.configs:
+            errors = {version: float(error(config, version)) for version in config.test_versions}
+            run_folder.write_json(study.file(config), {"status": "finished", "config": config.protocol(), "epochs": [], "parameters": 1,
+                                                       "environment": {}, "data": {"sha256": "0"}, "test_error": errors, "seconds": 1.0})
+
+    def test_runs_are_those_of_train(self):
+        printed = self.main(reproduce, *self.options())
+        self.assertEqual(len(self.results()), 4)
+        self.assertIn("4 runs: 0 finished, 4 to do", printed)
+        for model, seed in itertools.product(("mobius_regular", "cnn_same_params"), (0, 1)):
+            alone = self.finish(self.config(model=model, seed=seed, eval_freq=0))
+            name = f"digits-{model}-centered-seed{seed}-num_epochs_2-batch_size_4"
+            folder = self.folder / "results" / "logs" / name
+            stored = json.loads((self.folder / "results" / "runs" / f"{name}.json").read_text())
+            self.assertSameTree(stored, json.loads((alone / "result.json").read_text()), name)
+            self.assertNotIn(str(self.folder), json.dumps(stored))  # paths of this machine are nobody's business
+            self.assertSameTree(torch.load(folder / "weights.pt", weights_only=True), torch.load(alone / "weights.pt", weights_only=True), name)
+            self.assertFalse((folder / "checkpoint.pt").exists())
+            errors = [f"{version} {error:.2f} %" for version, error in stored["test_error"].items()]
+            self.assertRegex(printed, rf"\[./4\] {name}: {', '.join(errors)} \(\d+ s\)")
+        self.assertIn("min left", printed)
+        # A finished run is never repeated.
+        before = self.files()
+        printed = self.main(reproduce, *self.options())
+        self.assertIn("4 runs: 4 finished, 0 to do", printed)
+        self.assertEqual(self.files(), before)
+        # More of them: only those.
+        printed = self.main(reproduce, *self.options("--runs", "3"))
+        self.assertIn("6 runs: 4 finished, 2 to do", printed)
+        self.assertEqual({name: content for name, content in self.files().items() if name in before}, before)
+
+    def test_plan(self):
+        study = self.study("--models", *MODELS, "--train_modes", "centered", "shifted", "--runs", "32", "--precision", "bf16", "--lr", "0.01")
+        self.assertEqual(len(set(study.configs)), 7 * 2 * 32)
+        self.assertEqual(len({study.file(config) for config in study.configs}), 7 * 2 * 32)
+        self.assertEqual({(config.precision, config.lr, config.num_epochs) for config in study.configs}, {("bf16", 0.01, 2)})
+        self.assertEqual([config.seed for config in study.configs], sorted(config.seed for config in study.configs))
+        # Every setting that makes a difference makes another file, whatever its value.
+        other = {"num_epochs": 3, "batch_size": 8, "weight_decay": 0.1, "lr": 0.1, "lr_decay_period": 1, "lr_decay_factor": 3,
+                 "precision": "bf16", "test_mode": "shifted", "dataset": "digits"}
+        self.assertEqual(set(train.Config("mobius_regular").protocol()) - {"model", "train_mode", "seed", "eval_freq"}, set(other))
+        configs = [train.Config("mobius_regular", **{key: value}) for key, value in 
+                   (other | {"data": "my.npz", "train_mode": "shifted", "seed": 1}).items()]
+        self.assertEqual(len({reproduce.run_name(config) for config in (*configs, train.Config("mobius_regular"))}), len(configs) + 1)
+        for name in ("eval_freq", "device", "log_dir", "tensorboard"):
+            config = train.Config("mobius_regular", **{name: {"eval_freq": 3, "device": "cpu", "log_dir": "x", "tensorboard": False}[name]})
+            self.assertEqual(reproduce.run_name(config), "mnist-mobius_regular-centered-seed0")
+        defaults = vars(reproduce.command_line().parse_args([]))
+        self.assertEqual((defaults["runs"], set(defaults["models"]), set(defaults["train_modes"])), (32, set(MODELS), {"centered", "shifted"}))
+
+    def test_parallel_seeds(self):
+        options = ("--models", "mobius_regular", "--runs", "3", "--lr", "1e-5", "--num_epochs", "1")
+        self.main(reproduce, *self.options(*options))
+        printed = self.main(reproduce, *self.options(*options, "--parallel_seeds", "2", "--results", self.folder / "parallel"))
+        self.assertIn("[3/3]", printed)
+        self.assertEqual(set(self.results()), set(self.results("parallel")))
+        for name, path in self.results().items():
+            alone, together = (json.loads(p.read_text())["epochs"][-1] for p in (path, self.results("parallel")[name]))
+            self.assertAlmostEqual(alone["train_loss"], together["train_loss"], places=4)
+
+    def test_a_group_that_stands_at_different_epochs(self):
+        study = self.study("--models", "mobius_regular", "--runs", "3")
+        for config, epoch in zip(study.configs, (1, 0, 1)):
+            if epoch:
+                self.finish(config, study.folder(config), stop_after=epoch)
+        self.main(reproduce, *self.options("--models", "mobius_regular", "--runs", "3", "--parallel_seeds", "3"))
+        self.assertEqual(len(self.results()), 3)
+
+    def test_killed_at_any_moment(self):
+        """Again and again: each run is finished once, exactly as if nothing had happened."""
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        torch.set_num_threads(1)
+        options = self.options("--num_epochs", "4", "--runs", "2")
+        start = time.monotonic()
+        self.main(reproduce, *options, "--results", self.folder / "expected")
+        seconds = time.monotonic() - start
+        random, output = np.random.default_rng(), self.folder / "printed"
+        kills, seen = 0, {}
+        while kills < self.KILLS:
+            output.unlink(missing_ok=True)
+            pid = Zygote.start("reproduce", options, output)
+            time.sleep(random.uniform(0.1, 0.1 + seconds / 6))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            status, printed = Zygote.wait(pid, output)
+            self.assertIn(status, (None, 0), printed)
+            kills += status is None
+            results = {name: path.read_bytes() for name, path in self.results().items()}
+            self.assertEqual(results, results | seen)  # what was finished stays as it was
+            seen = results
+            if status == 0:
+                self.assertSameResults()
+                shutil.rmtree(self.folder / "results")
+                seen = {}
+        COUNTS["kills of reproduce.py"] += kills
+        self.main(reproduce, *options)
+        self.assertSameResults()
+
+    def assertSameResults(self):
+        expected = self.results("expected")
+        self.assertEqual(set(self.results()), set(expected))
+        for name, path in self.results().items():
+            self.assertSameTree(json.loads(path.read_text()), json.loads(expected[name].read_text()), name)
+            log = (self.folder / "results" / "logs" / path.stem / "log.txt").read_text()
+            self.assertLessEqual(log.count("test error:"), 2, name)  # twice, if it was killed before it was published
+
+    def start_ranks(self, processes, options):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        ranks = []
+        for rank in range(processes):
+            output = self.folder / f"rank{rank}"
+            output.unlink(missing_ok=True)
+            ranks.append((Zygote.start("reproduce", options, output, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                                       MASTER_ADDR="localhost", MASTER_PORT=str(port)), output))
+        return ranks
+
+    def logs_of(self, results="results"):
+        return {path.parent.name: path.read_text() for path in (self.folder / results / "logs").glob("*/log.txt")}
+
+    def test_two_ranks(self):
+        options = self.options("--num_epochs", "1", "--runs", "3")
+        statuses = [Zygote.wait(*rank) for rank in self.start_ranks(2, options)]
+        self.assertEqual([status for status, _ in statuses], [0, 0], statuses)
+        self.assertEqual(len(self.results()), 6)
+        self.assertEqual(statuses[1][1], "")  # rank 0 prints
+        self.assertIn("[6/6]", statuses[0][1])
+        self.assertIn("mobius_regular", statuses[0][1].split("[6/6]")[1])
+        for name, log in self.logs_of().items():
+            self.assertEqual((log.count("epoch  1/1"), log.count("test error:")), (1, 1), f"{name} was not done once\n{log}")
+
+    def test_a_rank_that_dies(self):
+        """The others finish its runs, and go on with the one that it was at."""
+        ranks = self.start_ranks(3, self.options("--num_epochs", "9", "--runs", "2"))
+        end = time.monotonic() + 60
+        while sum("epoch  1/9" in log for log in self.logs_of().values()) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(ranks[2][0], signal.SIGKILL)
+        COUNTS["ranks lost"] += 1
+        self.assertEqual([Zygote.wait(*rank)[0] for rank in ranks], [0, 0, None])
+        self.assertEqual(len(self.results()), 4)
+        for name, log in self.logs_of().items():
+            self.assertEqual(log.count("test error:"), 1, name)
+            # Told once: an epoch that was seen is never trained again. (Never, if the kill came between saving and telling.)
+            continued = re.search(r"continued after epoch (\d+) of 9", log)
+            for epoch in range(1, 10):
+                allowed = (0, 1) if continued and epoch == int(continued[1]) else (1,)
+                self.assertIn(log.count(f"epoch {epoch:2}/9"), allowed, f"{name}\n{log}")
+
+    def test_torchrun(self):
+        """It ends all processes when one is killed; the next start finds what is left."""
+        options = self.options("--num_epochs", "9", "--runs", "2")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "reproduce.py",
+                   *options]
+        command = [str(c) for c in command]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
+            watchdog = threading.Timer(100, process.kill)
+            watchdog.start()
+            self.addCleanup(watchdog.cancel)
+            process.stdout.readline()
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            if not children.exists():
+                self.skipTest("needs Linux's /proc")
+            while not self.logs_of() and process.poll() is None:
+                time.sleep(0.01)
+            os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+            COUNTS["ranks lost"] += 1
+        self.assertNotEqual(process.returncode, 0)
+        before = self.results()
+        self.assertLess(len(before), 4)
+        printed = self.main(reproduce, *options)
+        self.assertIn(f"4 runs: {len(before)} finished, {4 - len(before)} to do", printed)
+        self.assertEqual(len(self.results()), 4)
+        self.assertIn("mobius_regular", printed.split("[4/4]")[1])
+
+    def test_data_that_cannot_be_had(self):
+        """In every process, and none waits for another for ever."""
+        options = self.options("--data", self.folder / "nowhere.npz")
+        (status, printed), (other, nothing) = (Zygote.wait(*rank) for rank in self.start_ranks(2, options))
+        self.assertEqual((status, other), (2, 2))
+        self.assertIn("nowhere.npz", printed)
+        self.assertNotIn("Traceback", printed + nothing)
+
+    def test_a_run_that_diverges(self):
+        """The others are finished all the same, alone or in parallel."""
+        build = train.build_model
+
+        def build_bad(name):
+            model = build(name)
+            if torch.initial_seed() == 1 and name == "mobius_regular":
+                model.classifier[7].bias.data[0] = math.inf
+            return model
+
+        for more in ((), ("--parallel_seeds", "3")):
+            shutil.rmtree(self.folder / "results", ignore_errors=True)
+            with mock.patch("train.build_model", build_bad):
+                error = self.assertFails(reproduce.main, *self.options("--runs", "3", "--num_epochs", "1", *more), status=1,
+                                         contains="mobius_regular-centered-seed1")
+            self.assertIn("nan at step 1 of 2", error)
+            self.assertEqual(len(self.results()), 5)
+            statuses = {path.parent.name: json.loads(path.read_text())["status"] for path in self.folder.glob("results/logs/*/result.json")}
+            self.assertEqual([name for name, status in statuses.items() if status == "diverged"], [name for name in statuses if
+                             "mobius_regular-centered-seed1" in name])
+            # It would again: it is not tried again.
+            with mock.patch("train.Run.train", side_effect=AssertionError):
+                self.assertFails(reproduce.main, *self.options("--runs", "3", "--num_epochs", "1", *more), status=1,
+                                 contains=["nan at step 1 of 2", "to try it again, delete"])
+        self.assertIn("Missing: 1 of 6 runs", self.main(reproduce, *self.options("--runs", "3", "--num_epochs", "1", "--table")))
+
+    def test_table(self):
+        """Mean, standard deviation and Welch's test, against NumPy and the test on two samples."""
+        from scipy.stats import ttest_ind
+        study = self.study("--models", *MODELS, "--train_modes", "centered", "shifted", "--runs", "5")
+        random = np.random.default_rng(0)
+        values = {}
+
+        def error(config, version):
+            values[config.model, config.train_mode, version, config.seed] = value = random.normal(1.3, 0.1)
+            return value
+
+        self.write_results(study, error)
+        options = self.options("--models", *MODELS, "--train_modes", "centered", "shifted", "--runs", "5", "--table")
+        rows = list(csv.DictReader(io.StringIO(self.main(reproduce, *options, "csv"))))
+        self.assertEqual(len(rows), 7 * 2 * 2)
+        text, markdown = self.main(reproduce, *options), self.main(reproduce, *options, "markdown")
+        differing = 0
+        for row in rows:
+            errors = [value for key, value in values.items() if key[:3] == (row["model"], row["train_mode"], row["test_digits"])]
+            self.assertEqual((row["n"], row["missing"]), ("5", "0"))
+            self.assertAlmostEqual(float(row["mean"]), np.mean(errors))
+            self.assertAlmostEqual(float(row["std"]), np.std(errors, ddof=1))
+            if row["test_digits"] == "centered":
+                self.assertEqual((row["paper_mean"], row["p"], row["differs"]), ("", "", ""))
+                continue
+            paper = reproduce.PAPER[row["model"]][row["train_mode"]]
+            self.assertEqual((float(row["paper_mean"]), float(row["paper_std"]), row["paper_n"]), (*paper, "32"))
+            sample = random.normal(size=32)
+            sample = paper[0] + paper[1] * (sample - sample.mean()) / sample.std(ddof=1)
+            p = ttest_ind(errors, sample, equal_var=False).pvalue
+            self.assertAlmostEqual(float(row["p"]), p)
+            self.assertEqual(row["differs"], str(int(p < 0.01)))
+            differing += p < 0.01
+            ours = f"{np.mean(errors):.2f} ± {np.std(errors, ddof=1):.2f} (5)" + " *" * bool(p < 0.01)
+            (line,) = [line for line in text.split("centered test digits")[0].splitlines() if line.startswith(row["model"] + " ")]
+            self.assertIn(f"{ours}  ", line + "  ")
+            self.assertIn(f"{paper[0]:.2f} ± {paper[1]:.2f}", line)
+            (line,) = [line for line in markdown.split("centered test digits")[0].splitlines() if line.startswith(f"| `{row['model']}` |")]
+            self.assertIn(f"| {ours.replace('*', chr(92) + '*')} | {paper[0]:.2f} ± {paper[1]:.2f} | {p:.2g} |", line)
+        self.assertTrue(0 < differing < 14)
+        self.assertIn("Not the paper's protocol: data digits.npz, num_epochs 2, batch_size 4", text)
+        self.assertNotIn("Missing", text)
+
+    def test_incomplete_table(self):
+        study = self.study("--runs", "6")
+        self.write_results(study, lambda config, version: 1 + config.seed)
+        options = self.options("--runs", "6", "--table")
+        for seed in (1, 2, 3, 5):
+            study.file(train.Config(**vars(study.configs[0]) | {"seed": seed})).unlink()
+        text = self.main(reproduce, *options)
+        self.assertIn("Missing: 4 of 12 runs\n- mobius_regular trained on centered: seeds 1-3, 5", text)
+        # Two runs that happen to agree prove nothing.
+        self.assertRegex(text, r"mobius_regular +3.00 ± 2.83 \(2\) +1.23 ± 0.07\n")
+        self.assertIn("Cells of fewer than 5 runs are not tested", text)
+        study.file(study.configs[0]).unlink()
+        self.assertRegex(self.main(reproduce, *options), r"mobius_regular +5.00 \(1\) +1.23 ± 0.07")
+        for path in self.results().values():
+            path.unlink()
+        self.assertRegex(self.main(reproduce, *options), r"mobius_regular +- +1.23 ± 0.07")
+        self.assertNotIn("1.23", self.main(reproduce, *self.options("--table", "--dataset", "digits")[2:]))
+
+    def test_error_against_shift(self):
+        options = self.options("--models", "mobius_regular", "--runs", "1", "--num_epochs", "1")
+        self.assertFails(reproduce.main, *options, "--error_against_shift", contains=["mobius_regular-centered-seed0", "trains it"])
+        self.main(reproduce, *options)
+        self.main(reproduce, *options, "--error_against_shift")
+        path = self.folder / "results" / "error_against_shift.json"
+        content = json.loads(path.read_text())
+        self.assertEqual(content["shifts"], list(range(56)))
+        (row,) = content["rows"]
+        (result,) = (json.loads(p.read_text()) for p in self.results().values())
+        self.assertEqual(row["errors"][0], result["test_error"]["centered"])
+        with mock.patch("reproduce.error_against_shift", side_effect=AssertionError):  # it is there already
+            self.main(reproduce, *options, "--error_against_shift")
+        path.write_text("{")
+        self.assertFails(reproduce.main, *options, "--error_against_shift", contains=[str(path), "truncated"])
+        path.write_text(json.dumps({"rows": [row | {"sha256": "0"}]}))
+        self.assertFails(reproduce.main, *options, "--error_against_shift", contains=[str(path), "another digits.npz"])
+        shutil.rmtree(self.folder / "results" / "logs")
+        self.assertFails(reproduce.main, *options, "--error_against_shift", contains=["was trained elsewhere", "move", "away"])
+
+    def test_bad_input(self):
+        for options, contains in [
+            (["--runs", "0"], ["runs", "at least 1"]),
+            (["--runs", "many"], ["many"]),
+            (["--parallel_seeds", "0"], ["parallel_seeds"]),
+            (["--models", "resnet"], ["resnet", "mobius_regular"]),
+            (["--train_modes", "rotated"], ["rotated", "centered"]),
+            (["--seed", "3"], ["--seed"]),
+            (["--lr", "-1"], ["lr", "-1"]),
+            (["--batch_size", "9"], ["batch_size", "8 training digits"]),
+            (["--results", ""], ["results"]),
+            (["--table", "html"], ["html", "markdown"]),
+            (["--data", self.folder / "nowhere.npz"], ["nowhere.npz"]),
+        ]:
+            with self.subTest(options):
+                self.assertFails(reproduce.main, *self.options(*options), contains=contains)
+        self.assertEqual(list(self.files()), ["digits.npz"])
+        (self.folder / "file").write_text("kept")
+        self.assertFails(reproduce.main, *self.options("--results", self.folder / "file"), contains=["file"])
+        self.assertEqual((self.folder / "file").read_text(), "kept")
+        # A foreign or damaged file among the results.
+        study = self.study()
+        self.write_results(study, lambda config, version: 1)
+        path = study.file(study.configs[0])
+        result = json.loads(path.read_text())
+        for content, contains in [
+            ("", ["truncated"]), ("{", ["truncated"]), ("[]", ["no result"]), ("{}", ["no result"]), ("[" * 100000, ["no JSON"]),
+            (json.dumps(result | {"test_error": None}), ["not of a finished run"]),
+            (json.dumps(result | {"test_error": {"shifted": math.nan, "centered": 1.0}}), ["NaN"]),
+            (json.dumps(result | {"test_error": {"shifted": [], "centered": 1.0}}), ["no result"]),
+            (json.dumps(result | {"data": {"sha256": [1]}}), ["no result"]),
+            (json.dumps({key: value for key, value in result.items() if key != "seconds"}), ["no result"]),
+            (json.dumps(result | {"config": {}}), ["model None, not mobius_regular"]),
+            (json.dumps(result | {"config": result["config"] | {"lr": 1.0}}), ["lr 1.0, not 0.005", "move it away"]),
+            (json.dumps(result | {"data": {"sha256": "1"}}), ["different npz"]),
+        ]:
+            path.write_text(content)
+            before = self.files()
+            with self.subTest(contains):
+                self.assertFails(reproduce.main, *self.options("--table"), contains=contains)
+                self.assertEqual(self.files(), before)
+        path.write_text(json.dumps(result))
+        self.assertFails(reproduce.main, *self.options(), contains=["another digits.npz", "--results"])
+        # A damaged checkpoint of an unfinished run.
+        path.unlink()
+        for other in self.results().values():
+            other.unlink()
+        folder = self.finish(study.configs[0], study.folder(study.configs[0]), stop_after=1)
+        (folder / "checkpoint.pt").write_bytes(b"damaged")
+        self.assertFails(reproduce.main, *self.options(), contains=[str(folder), "truncated"])
+        self.assertEqual(len(self.results()), 3)  # it stops no others
+        self.assertFails(reproduce.main, *self.options("--table", "--results", self.folder / "elsewhere"), contains="elsewhere")
+        with mock.patch.dict(os.environ, {"WORLD_SIZE": "many"}):
+            self.assertFails(reproduce.main, *self.options(), contains=["WORLD_SIZE=many", "torchrun"])
+        with mock.patch.dict(os.environ, {"RANK": "3"}):
+            self.assertFails(reproduce.main, *self.options(), contains=["RANK=3", "WORLD_SIZE=1"])
+        with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": "2"}):
+            self.assertFails(reproduce.main, *self.options(), contains=["2 processes do not find each other", "MASTER_ADDR"])
+        with not_installed("scipy.stats"):
+            study = self.study("--runs", "5")
+            self.write_results(study, lambda config, version: 1 + config.seed)
+            self.assertFails(reproduce.main, *self.options("--runs", "5", "--table"), contains="scipy")
+
+    def test_left_by_one_who_was_killed(self):
+        """A run that is finished in its folder, its result not yet among the others (or not yet seen there), is published."""
+        self.main(reproduce, *self.options())
+        before = {name: path.read_bytes() for name, path in self.results().items()}
+        next(iter(self.results().values())).unlink()
+        with mock.patch("train.Run.train", side_effect=AssertionError):
+            self.main(reproduce, *self.options())
+        self.assertEqual({name: path.read_bytes() for name, path in self.results().items()}, before)
+
+    def test_other_reporting(self):
+        """How often it is tested makes no other run of it."""
+        study = self.study()
+        folder = self.finish(study.configs[0], study.folder(study.configs[0]), stop_after=1)
+        self.main(reproduce, *self.options("--eval_freq", "1"))
+        self.assertIn("continued after epoch 1 of 2", (folder / "log.txt").read_text())
+
+    def test_ascii_terminal(self):
+        output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        self.write_results(self.study(), lambda config, version: 1)
+        with contextlib.redirect_stdout(output):
+            reproduce.main([str(option) for option in self.options("--table")])
+        output.flush()
+        self.assertIn(b"1.00 ? 0.00 (2)", output.buffer.getvalue())
+
+
+# ======================================================================================================
+# visualize.py
+
+
+class TestVisualize(FilesCase):
+    ROWS = [
+        {"run": "a", "model": "cnn_same_channels", "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [float(1 + shift) for shift in range(56)]},
+        {"run": "b", "model": "cnn_same_channels", "train_mode": "centered", "seed": 1, "sha256": "0", "errors": [float(3 + shift) for shift in range(56)]},
+        {"run": "c", "model": "mobius_regular", "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [1.25] * 56},
+    ]
+
+    def test_error_against_shift(self):
+        """The curves are the means over the seeds."""
+        (axes,) = visualize.error_against_shift(self.ROWS).axes
+        curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) == 56}
+        self.assertEqual(curves, {
+            "CNN (channels), trained on centered digits": [float(2 + shift) for shift in range(56)],
+            "gauge CNN (regular), trained on centered digits": [1.25] * 56,
+        })
+        self.assertEqual([text.get_text() for text in axes.get_legend().get_texts()], list(curves))
+
+    def test_files(self):
+        run_folder.write_json(self.folder / "error_against_shift.json", {"shifts": list(range(56)), "rows": self.ROWS})
+        options = ["--results", str(self.folder), "--out", str(self.folder / "pictures")]
+        contents = []
+        for _ in range(2):
+            with contextlib.redirect_stdout(io.StringIO()):
+                visualize.main(options)
+            contents.append({name: content for name, content in self.files().items() if name.startswith("pictures")})
+        self.assertEqual(contents[0], contents[1])
+        light, dark = contents[0]["pictures/error_against_shift.svg"], contents[0]["pictures/error_against_shift-dark.svg"]
+        self.assertIn(b"#e6edf3", dark.lower())
+        self.assertNotIn(b"#e6edf3", light.lower())
+
+    def test_bad_input(self):
+        self.assertFails(visualize.main, "--results", self.folder, contains=["error_against_shift.json", "python reproduce.py"])
+        path = self.folder / "error_against_shift.json"
+        row = self.ROWS[0]
+        for content in ("", "[" * 100000, '{"rows": [NaN]}', *map(json.dumps, ([], {"rows": []}, {"rows": [{"run": "a"}]}, {"rows": [3]},
+                        {"rows": [row | {"errors": ["1"] * 56}]}, {"rows": [row | {"errors": [-1.0] * 56}]},
+                        {"rows": [row | {"train_mode": []}]}))):
+            path.write_text(content)
+            self.assertFails(visualize.main, "--results", self.folder, "--out", self.folder / "new", contains=[str(path)])
+        run_folder.write_json(path, {"rows": self.ROWS})
+        self.assertFails(visualize.main, "--results", self.folder, "--out", path, contains=str(path))
+        with not_installed("matplotlib.figure"):
+            self.assertFails(visualize.main, "--results", self.folder, contains="matplotlib")
+        self.assertEqual(list(self.files()), ["error_against_shift.json"])
 
 
 # ======================================================================================================
@@ -1948,14 +2916,14 @@ class TestBenchmark(FilesCase):
 
     def test_figures(self):
         out = self.folder / "new" / "benchmark.json"
-        options = ("--models", "mobius_regular", "--batch_size", 16, "--rounds", 2, "--device", "cpu", "--out", out)
+        options = ("--models", "mobius_regular", "--precision", "bf16", "--batch_size", 16, "--rounds", 2, "--device", "cpu", "--out", out)
         with mock.patch("benchmark.keep_freed_memory"):
             printed = self.run_main(*options)
         result = json.loads(out.read_text())
         rows = result["rows"]
         self.assertEqual(
             [(row["model"], row["precision"]) for row in rows],
-            [("textbook CNN", "fp32"), ("mobius_regular", "fp32"), ("mobius_regular", "bf16")],
+            [("textbook CNN", "fp32"), ("mobius_regular", "bf16")],
         )
         self.assertEqual(set(result["matmul_gflop_per_second"]), {"fp32", "bf16"})
         for row in rows:
@@ -2017,23 +2985,28 @@ class TestReadme(FilesCase):
         setup = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python "
         commands = [line for block in re.findall(r"```sh\n(.*?)```", self.TEXT, re.DOTALL) for line in block.splitlines()]
         self.assertEqual(commands[:2], [setup + "train.py --model mobius_regular --dataset digits", setup + "unit_tests.py"])
+        modules = {f"{module.__name__}.py": module for module in (train, convert_mnist, benchmark, reproduce, visualize)}
         for command in commands[3:]:
-            _, script, *options = command.split("#")[0].split()
-            module = {"train.py": train, "convert_mnist.py": convert_mnist, "benchmark.py": benchmark}[script]
-            module.command_line().parse_args(options)
+            words = command.split("#")[0].split()
+            script = 1 if words[0] == "python" else words.index("reproduce.py")
+            self.assertIn(words[0], ("python", "torchrun"))
+            modules[words[script]].command_line().parse_args(words[script + 1:])
 
     def test_options(self):
-        for module, file in ((train, "train.py"), (convert_mnist, "convert_mnist.py"), (benchmark, "benchmark.py")):
+        of_train = {action.dest for action in train.command_line()._actions}
+        for module in (train, convert_mnist, benchmark, reproduce):
             for action in module.command_line()._actions[1:]:
-                if action.dest in ("memory_of", "models", "precision", "out") and module is benchmark:
+                if (action.dest in ("memory_of", "models", "precision", "out") and module is benchmark
+                        or action.dest in of_train and module is reproduce):
                     continue
                 names = ", ".join(f"`{name}`" for name in action.option_strings)
                 rows = self.rows(names)
-                self.assertTrue(rows, f"{file} {names}")
-                if action.default is not None and action.default is not True:
+                self.assertTrue(rows, f"{module.__name__} {names}")
+                default = reproduce.DEFAULTS[action.dest] if action.default is argparse.SUPPRESS and action.dest != "model" else action.default
+                if type(default) in (int, float, str) and default != argparse.SUPPRESS and action.dest != "results":
                     shown = [row[1].strip("`") for row in rows]
-                    self.assertTrue(any(value == str(action.default) or value.replace(".", "", 1).replace("e-", "", 1).isdigit()
-                                        and float(value) == action.default for value in shown), f"{file} {names} {shown}")
+                    self.assertTrue(any(value == str(default) or value.replace(".", "", 1).replace("e-", "", 1).isdigit()
+                                        and float(value) == default for value in shown), f"{module.__name__} {names} {shown}")
 
     def test_parameters(self):
         for name, count in TestModels.PARAMETERS.items():
@@ -2044,8 +3017,10 @@ class TestReadme(FilesCase):
                 self.assertEqual(row[2], str(tuple(4 * m for m in base)))
 
     def test_files(self):
-        for link in re.findall(r"\]\(([^)#:]+)\)", self.TEXT):
+        for link in (*re.findall(r"\]\(([^)#:]+)\)", self.TEXT), *re.findall(r'src(?:set)?="([^"]+)"', self.TEXT)):
             self.assertTrue((ROOT / link).exists(), link)
+        for path in ROOT.glob("*.py"):
+            self.assertIn(f"]({path.name})", self.TEXT)
 
     def test_snippets(self):
         snippets = re.findall(r"```python\n(.*?)```", self.TEXT, re.DOTALL)
@@ -2064,18 +3039,49 @@ class TestReadme(FilesCase):
         for path in sorted((ROOT / "results" / "runs").glob("*.json")):
             result = json.loads(path.read_text())
             self.assertEqual(result["status"], "finished", path)
-            config = result["config"]
-            groups.setdefault((config["dataset"], config["model"], config["precision"]), []).append(result)
-        self.assertTrue(groups)
-        for (dataset, model, precision), results in groups.items():
-            label = f"`{model}`" + (", bfloat16" if precision == "bf16" else "")
-            cells = [" ".join(row) for row in self.rows(label) if row[1] == {"mnist": "MNIST", "digits": "digits"}[dataset]]
+            config = train.Config(**result["config"])
+            self.assertEqual(reproduce.run_name(config), path.stem)
+            groups.setdefault((config.dataset, config.model, config.train_mode, config.precision), []).append(result)
+        for (dataset, model, train_mode, precision), results in groups.items():
+            if precision == "bf16":
+                continue  # in the table
+            self.assertEqual(train_mode, "centered")
+            cells = [" ".join(row) for row in self.rows(f"`{model}`") if row[1] == {"mnist": "MNIST", "digits": "digits"}[dataset]]
             self.assertEqual(len(cells), 1, f"{dataset} {model}")
             self.assertIn(", ".join(str(result["config"]["seed"]) for result in results), cells[0])
             for version in ("shifted", "centered"):
                 errors = ", ".join(f"{result['test_error'][version]:.2f}" for result in results)
                 self.assertIn(errors, cells[0], f"{dataset} {model} {version}")
 
+    def test_table(self):
+        """The README has what reproduce.py prints of the committed results."""
+        options = re.search(r"`python reproduce.py (--table markdown[^`]*)`", self.TEXT)[1].split()
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            reproduce.main(options)
+        lines = printed.getvalue().splitlines()
+        shown = set(self.TEXT.splitlines())
+        for line in lines[:lines.index("Not the paper's protocol: precision bf16")]:
+            self.assertTrue(line in shown, line)
+        self.assertEqual(len([line for line in lines if line.startswith("| `")]), 14)
+
+    def test_pictures(self):
+        """All that visualize.py draws is there and shown, and drawn from networks whose runs are there."""
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            visualize.main(["--out", str(self.folder)])
+        for path in map(Path, printed.getvalue().split()):
+            committed = ROOT / "visualizations" / path.name
+            self.assertIn(f"visualizations/{path.name}", self.TEXT)
+            self.assertTrue(committed.exists(), f"python visualize.py makes {committed}")
+        content = json.loads((ROOT / "results" / "error_against_shift.json").read_text())
+        for row in content["rows"]:
+            stored = json.loads((ROOT / "results" / "runs" / f"{row['run']}.json").read_text())
+            self.assertAlmostEqual(row["errors"][0], stored["test_error"]["centered"], delta=0.05)
+
+    def test_reliability(self):
+        result = json.loads((ROOT / "results" / "reliability.json").read_text())
+        for what, count in result["survived"].items():
+            (row,) = self.rows(what)
+            self.assertEqual(row[1], str(count), what)
 
     def test_benchmark(self):
         result = json.loads((ROOT / "results" / "benchmark.json").read_text())
