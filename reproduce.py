@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,10 @@ class Study:
         path = self.file(config)
         if not path.exists():
             return None
-        result = read_result(path)
+        try:
+            result = read_result(path)
+        except ValueError as error:
+            raise ValueError(f"{error}: move it away, and the run is trained again") from error
         for name, value in config.protocol().items():
             found = result["config"].get(name, DEFAULTS.get(name))  # what it does not know had its default
             if name not in REPORTING and found != value:
@@ -184,7 +188,8 @@ class Progress:
         self.told = set(map(run_name, study.finished()))
         self.start, self.epochs, self.unpublished = time.perf_counter(), 0, 0
         if verbose:
-            say(f"{len(study.configs)} runs: {len(self.told)} finished, {len(study.configs) - len(self.told)} to do")
+            runs = len(study.configs)
+            say(f"{runs} run{'s' * (runs != 1)}: {len(self.told)} finished, {runs - len(self.told)} to do")
 
     def epoch(self, runs: int) -> None:
         """This process has trained so many runs for an epoch more."""
@@ -247,6 +252,9 @@ def train_what_is_left(study: Study, groups: Iterable[list[Config]], data: Data,
 
 
 def _train_together(study: Study, runs: list[Run], data: Data, progress: Progress) -> None:
+    for run in runs:
+        if progress.verbose:
+            say(f"training {run_name(run.config)}" + (f" from epoch {run.epoch + 1} on" if run.epoch else ""))
     try:
         if len(runs) == 1:
             runs[0].train(lambda: progress.epoch(1))
@@ -361,12 +369,12 @@ def table(study: Study, style: str = "text") -> str:
     if len(set().union(*(cell.hashes for cell in cells))) > 1:
         raise ValueError(f"the runs in {study.results / 'runs'} are on different npz files: no table of them")
     if style == "csv":
-        return _csv(cells)
+        return _csv(cells, study.configs[0])
     body = _markdown if style == "markdown" else _text
     parts = []
     for version in versions:
         of_version = [cell for cell in cells if cell.test_digits == version]
-        parts += [f"Test error in % on {version} test digits: mean ± standard deviation (runs)"
+        parts += [f"Test error in % on {version} test digits ({study.configs[0].digits}): mean ± standard deviation (runs)"
                   + (f"; paper: {PAPER_RUNS} runs" if of_version[0].paper else ""), body(_rows(of_version, models, train_modes))]
     if any(cell.differs for cell in cells):
         parts.append(("\\*" if style == "markdown" else "*") + f" differs from the paper: Welch's test, p < {SIGNIFICANCE}")
@@ -401,14 +409,18 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(rows[0]), *lines[1:]])
 
 
-def _csv(cells: list[Cell]) -> str:
+def _csv(cells: list[Cell], config: Config) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow("model train_mode test_digits n missing mean std paper_mean paper_std paper_n p differs".split())
+    settings = " ".join(f"{name}={value}" for name, value in changed_settings(config).items())
+    columns = "digits settings model train_mode test_digits n missing mean std paper_mean paper_std paper_n p differs"
+    writer.writerow(columns.split())
     for cell in cells:
         paper = (*cell.paper, PAPER_RUNS) if cell.paper else (None,) * 3
-        writer.writerow([cell.model, cell.train_mode, cell.test_digits, cell.n, len(cell.missing), cell.mean, cell.std,
-                         *paper, cell.p, "" if cell.p is None else int(cell.differs)])
+        writer.writerow([
+            config.digits, settings, cell.model, cell.train_mode, cell.test_digits, cell.n, len(cell.missing), cell.mean, cell.std, *paper,
+            cell.p, "" if cell.p is None else int(cell.differs),
+        ])
     return file.getvalue().rstrip("\n")
 
 
@@ -421,8 +433,22 @@ def _remarks(study: Study, cells: list[Cell]) -> list[str]:
     missing = sum(len(cell.missing) for cell in cells)
     if missing:
         which = [f"- {cell.model} trained on {cell.train_mode}: seeds {_ranges(cell.missing)}" for cell in cells if cell.missing]
+        others = _other_runs(study)
+        if others:
+            remarks.append(f"Finished runs of other settings, which take their options to be shown: {others}")
         remarks.append("\n".join([f"Missing: {missing} of {len(study.configs)} runs", *which]))
     return remarks
+
+
+def _other_runs(study: Study) -> str:
+    """What lies among the results with other digits or settings than the study's, and how often."""
+    def of(name: str) -> str | None:
+        match = re.fullmatch(rf"(.+)-(?:{'|'.join(MODELS)})-(?:{'|'.join(TRAIN_MODES)})-seed\d+((?:-.+)?)", name)
+        return match and " ".join([match[1], *match[2].split("-")[1:]])
+
+    counts = Counter(of(path.stem) for path in (study.results / "runs").glob("*.json"))
+    return ", ".join(f"{what} ({count})" for what, count in sorted((what, n) for what, n in counts.items() if what)
+                     if what != of(run_name(study.configs[0])))
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -439,6 +465,17 @@ def _ranges(numbers: list[int]) -> str:
 # Error against shift
 
 
+def check_weights(study: Study) -> None:
+    """Raises ValueError if a run is not finished, or its weights are not here."""
+    for config in study.configs:
+        weights = study.folder(config) / "weights.pt"
+        if study.result(config) is None:
+            raise ValueError(f"{run_name(config)} is not finished: without --error_against_shift, the same command trains it")
+        if not weights.exists():
+            raise ValueError(f"there is {study.file(config)}, but not {weights} (the runs that come with this code have no weights): "
+                             "take another --results folder, and train it there without --error_against_shift")
+
+
 def measure_error_against_shift(study: Study, data: Data, device: torch.device) -> Path:
     """Test the study's networks on digits moved by each isometry; in error_against_shift.json, those that are there are kept.
 
@@ -446,17 +483,10 @@ def measure_error_against_shift(study: Study, data: Data, device: torch.device) 
         The file's path.
 
     Raises:
-        ValueError, OSError: for a run whose weights are not here, or a damaged file.
+        ValueError, OSError: for a damaged file, or rows of other data.
     """
     path = study.results / "error_against_shift.json"
     rows = read_error_against_shift(path) if path.exists() else []
-    for config in study.configs:
-        weights = study.folder(config) / "weights.pt"
-        if study.result(config) is None:
-            raise ValueError(f"{run_name(config)} is not finished: without --error_against_shift, the same command trains it")
-        if not weights.exists():
-            raise ValueError(f"{run_name(config)} was trained elsewhere, there is no {weights}: move {study.file(config)} away and "
-                             "train it again without --error_against_shift, or take another --results folder")
     if any(row["sha256"] != data.sha256 for row in rows):
         raise ValueError(f"{path} is of another {data.file}: move it away")
     for config in study.configs:
@@ -583,6 +613,8 @@ def main(argv=None) -> None:
     parser = command_line()
     options = vars(parser.parse_args(argv))
     show_table, shifts = options.pop("table"), options.pop("error_against_shift")
+    if show_table and shifts:
+        parser.error("--table and --error_against_shift are two commands: take one at a time")
     keep_freed_memory()
     rank, failures = 0, {}
     try:
@@ -590,6 +622,8 @@ def main(argv=None) -> None:
         study, groups = plan(options, bar=rank == 0)
         if show_table:
             return say(table(study, show_table)) if rank == 0 else None
+        if shifts:
+            check_weights(study)
         first = study.configs[0]
         device = select_device(first.device)
         if device.type == "cuda" and processes > 1:

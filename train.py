@@ -317,6 +317,11 @@ class Run:
             Diverged: at the first step whose loss is not finite, or after an epoch with such a test loss.
             OSError: if the folder cannot be written any more.
         """
+        if self.finished:
+            self.folder.save(self.checkpoint())  # as below
+            if self.folder.verbose:
+                say(f"finished already: test error {self._format_errors(self.result['epochs'][-1])}  ({self.folder.path})")
+            return self.result
         with self.reporting():
             while not self.finished:
                 start = time.perf_counter()
@@ -399,7 +404,7 @@ class Run:
         theirs = DEFAULTS | checkpoint["config"]  # what it does not know had its default
         for name, value in self.config.protocol().items():
             if name not in REPORTING and theirs.get(name) != value:
-                raise BadCheckpoint(f"{path} is of a run with {name} {theirs.get(name)}, not {value}")
+                raise BadCheckpoint(f"{path} is of a run with {name} {theirs.get(name)}, not {value}: it goes on only as it began")
         if checkpoint["data"].get("sha256") != self.result["data"]["sha256"]:
             raise BadCheckpoint(f"{path} is of a run on another {checkpoint['data'].get('file')} than {self.result['data']['file']} is now")
         if checkpoint["device"] != self.device.type:
@@ -587,7 +592,7 @@ def command_line() -> CommandLine:
         help="go on with the run in this folder; without a folder, with the latest run of these options in --log_dir, or begin one",
     )
     parser.add_argument("--eval_only", action="store_true", help="test the network of --checkpoint, train nothing")
-    parser.add_argument("--checkpoint", metavar="FILE", help="checkpoint.pt of a run, or weights of a --model")
+    parser.add_argument("--checkpoint", metavar="FILE", help="checkpoint.pt of a run, or its folder, or weights of a --model")
     return parser
 
 
@@ -604,10 +609,14 @@ def resumed_run(source, options: dict) -> Run:
     if source is LATEST:
         return _latest_run(Config(**options))
     path = Path(source)
-    if source == "" or not path.is_file():
-        path = path / "checkpoint.pt"
+    if not path.is_file():
+        if source == "" or not path.is_dir():
+            raise ValueError(f"--resume {source or repr('')}: there is no such folder")
+        result, path = path / "result.json", path / "checkpoint.pt"
+        if not path.is_file() and result.exists() and read_result(result)["status"] == "finished":
+            raise ValueError(f"the run in {source} is finished, and its checkpoint deleted: there is nothing to go on with")
         if not path.is_file():
-            raise ValueError(f"--resume {source or repr('')}: there is no checkpoint (one is written after each epoch); start the run anew")
+            raise ValueError(f"--resume {source}: there is no checkpoint in it (one is written after each epoch); start the run anew")
     elif path.name != "checkpoint.pt":
         raise ValueError(f"--resume takes a run's folder or the checkpoint.pt in it, got {source}")
     checkpoint = read_checkpoint(path)
@@ -652,6 +661,8 @@ def evaluate_checkpoint(file, options: dict) -> str:
         raise ValueError("--eval_only takes a --checkpoint FILE")
     if "dataset" in options:
         options = {"data": None, "mnist_root": None} | options
+    if Path(file).is_dir():
+        file = Path(file) / "checkpoint.pt"
     weights = read_weights(file)
     trained = ""
     if "format" in weights:
