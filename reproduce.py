@@ -54,13 +54,12 @@ PAPER = {
 }
 SIGNIFICANCE = 0.01
 # The standard deviation of fewer is too often too small by chance for Welch's test: of two runs, it sees a difference
-# where there is none in 8 cases of 100 instead of 1; of five, in 1.6.
+# where there is none in 8 cases of 100 instead of 1; of five, in 1.7.
 LEAST_RUNS = 5
 
 # What a run's name tells in any case.
 NAMED = ("dataset", "model", "train_mode", "seed")
 OTHER_DEFAULTS = {"eval_freq": 0, "tensorboard": False}  # than train.py's
-
 
 
 def changed_settings(config: Config) -> dict:
@@ -154,7 +153,8 @@ class Study:
         if not path.exists():
             return False
         left = read_result(path)
-        if (left["config"] | {"eval_freq": 0}, left["data"]) != (run.result["config"] | {"eval_freq": 0}, run.result["data"]):
+        reporting = dict.fromkeys(REPORTING)
+        if (left["config"] | reporting, left["data"]) != (run.result["config"] | reporting, run.result["data"]):
             return False
         if left["status"] == "diverged":
             raise Diverged(f"{left.get('reason')} (to try it again, delete {run.folder.path})", run)

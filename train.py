@@ -318,7 +318,7 @@ class Run:
             OSError: if the folder cannot be written any more.
         """
         if self.finished:
-            self.folder.save(self.checkpoint())  # as below
+            self.folder.save(self.checkpoint())  # a kill may have come before all files were those of the checkpoint
             if self.folder.verbose:
                 say(f"finished already: test error {self._format_errors(self.result['epochs'][-1])}  ({self.folder.path})")
             return self.result
@@ -344,7 +344,7 @@ class Run:
                     folder.say("not with the versions, hardware and threads of its beginning: rounding may differ")
                 for record in result["epochs"]:
                     self._write_events(record)
-                folder.save(self.checkpoint())  # the kill may have come before all files were those of the checkpoint
+                folder.save(self.checkpoint())  # as in `train`
             else:
                 folder.save_result(result)
             yield

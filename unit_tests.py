@@ -987,7 +987,7 @@ class TestFastPaths(Case):
         layers = [MobiusConv(fields, fields, 3, dtype=DOUBLE), EquivNonlin(fields, dtype=DOUBLE), MobiusPool(fields)]
         for layer, fast in itertools.product(layers, (False, True)):
             randomized(layer)
-            x = channels_last(features(fields, 6, 4)).requires_grad_()
+            x = channels_last(features(fields, 4, 4, n=1)).requires_grad_()
             values = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
 
             def call(x, *given):
@@ -2152,7 +2152,7 @@ class TestCheckpoints(RunsCase):
                 finished = 0
             output.unlink(missing_ok=True)
             pid = Zygote.start("train", [*options, "--resume"], output)
-            time.sleep(random.uniform(0.1, 0.1 + 2 * epoch_seconds))
+            time.sleep(random.uniform(0.05, 0.05 + 2 * epoch_seconds))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             status, printed = Zygote.wait(pid, output)
@@ -2371,7 +2371,7 @@ class TestParallelSeeds(RunsCase):
     def test_equal_to_separate_runs(self):
         """In float64, where rounding has not grown to anything after two epochs of a small learning rate."""
         for model in ("mobius_mixed", "cnn_same_params"):
-            options = {"model": model, "dtype": DOUBLE, "lr": 1e-4, "lr_decay_period": 1}
+            options = {"model": model, "dtype": DOUBLE, "lr": 1e-4, "lr_decay_period": 1, "test_mode": "centered"}
             alone = self.runs((3, 0), **options)
             for run in alone:
                 run.train()
@@ -2384,7 +2384,7 @@ class TestParallelSeeds(RunsCase):
                 self.assertSameTree(torch.load(run.folder.path / "weights.pt", weights_only=True), dict(run.model.state_dict()), "weights")
 
     def test_either_goes_on_with_the_other(self):
-        options = {"dtype": DOUBLE, "lr": 1e-4, "num_epochs": 3}
+        options = {"model": "cnn_same_params", "dtype": DOUBLE, "lr": 1e-4, "num_epochs": 3}
         alone = self.runs((0, 1), **options)
         for run in alone:
             run.train()
@@ -2450,7 +2450,7 @@ class TestParallelSeeds(RunsCase):
 
 
 class TestReproduce(RunsCase):
-    KILLS = 8
+    KILLS = 6
 
     def options(self, *more):
         return ["--data", self.data, "--results", self.folder / "results", "--batch_size", self.BATCH, "--num_epochs", "2", "--device", "cpu",
@@ -2588,13 +2588,13 @@ class TestReproduce(RunsCase):
         return {path.parent.name: path.read_text() for path in (self.folder / results / "logs").glob("*/log.txt")}
 
     def test_two_ranks(self):
-        options = self.options("--num_epochs", "1", "--runs", "3")
+        options = self.options("--num_epochs", "1", "--runs", "2")
         statuses = [Zygote.wait(*rank) for rank in self.start_ranks(2, options)]
         self.assertEqual([status for status, _ in statuses], [0, 0], statuses)
-        self.assertEqual(len(self.results()), 6)
+        self.assertEqual(len(self.results()), 4)
         self.assertEqual(statuses[1][1], "")  # rank 0 prints
-        self.assertIn("[6/6]", statuses[0][1])
-        self.assertIn("mobius_regular", statuses[0][1].split("[6/6]")[1])
+        self.assertIn("[4/4]", statuses[0][1])
+        self.assertIn("mobius_regular", statuses[0][1].split("[4/4]")[1])
         for name, log in self.logs_of().items():
             self.assertEqual((log.count("epoch  1/1"), log.count("test error:")), (1, 1), f"{name} was not done once\n{log}")
 
@@ -2917,7 +2917,12 @@ class TestBenchmark(FilesCase):
     def test_figures(self):
         out = self.folder / "new" / "benchmark.json"
         options = ("--models", "mobius_regular", "--precision", "bf16", "--batch_size", 16, "--rounds", 2, "--device", "cpu", "--out", out)
-        with mock.patch("benchmark.keep_freed_memory"):
+        measure = benchmark.peak_memory
+
+        def once(name, *arguments):  # each is a process of its own
+            return measure(name, *arguments) if name == "mobius_regular" else 100.0
+
+        with mock.patch("benchmark.keep_freed_memory"), mock.patch("benchmark.peak_memory", once):
             printed = self.run_main(*options)
         result = json.loads(out.read_text())
         rows = result["rows"]
