@@ -568,31 +568,48 @@ def plan(options: dict, bar: bool = True) -> tuple[Study, list[list[Config]]]:
     return Study([config for group in groups for config in group], results, bar), groups
 
 
-def load_data(config: Config, device: torch.device, rank: int, processes: int) -> Data:
+def meet(rank: int, processes: int):
+    """The store of a launch's processes, None of a single one. The first process serves it as long as it keeps it.
+
+    The store, by which process groups come about, is enough: ending a group can hang where another process is faster
+    or dead (seen with gloo in PyTorch 2.6).
+
+    Raises:
+        ValueError: if the processes do not find each other.
+    """
+    if processes == 1:
+        return None
+    try:
+        return next(torch.distributed.rendezvous("env://", rank, processes))[0]
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the {processes} processes do not find each other: {error}") from error
+
+
+def load_data(config: Config, device: torch.device, rank: int, store) -> Data:
     """The data of all runs. The first process makes them where they are missing, and tells the others when they are there.
 
     Only here does a process wait for another; from then on, one that dies stops nobody.
 
     Raises:
-        ValueError, OSError: as `find_data` does, in every process; and if the processes do not find each other.
+        ValueError, OSError: as `find_data` does, in every process.
     """
-    if processes == 1:
-        return find_data(config, device)
-    try:
-        torch.distributed.init_process_group("gloo")
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the {processes} processes do not find each other: {error}") from error
-    data, failure = None, [None]
-    if rank == 0:
+    if rank:
         try:
-            data = find_data(config, device)
-        except (ValueError, OSError) as error:
-            failure = [str(error)]
-    torch.distributed.broadcast_object_list(failure)
-    torch.distributed.destroy_process_group()
-    if failure[0]:
-        raise ValueError(failure[0])
-    return data or find_data(replace(config, mnist_root=None), device)
+            failure = store.get("data").decode()
+        except RuntimeError as error:
+            raise ValueError(f"the first process is gone: {error}") from error
+        if failure:
+            raise ValueError(failure)
+        return find_data(replace(config, mnist_root=None), device)
+    failure = ""
+    try:
+        return find_data(config, device)
+    except (ValueError, OSError) as error:
+        failure = str(error)
+        raise
+    finally:
+        if store:
+            store.set("data", failure)
 
 
 def launched_as() -> tuple[int, int, int]:
@@ -628,7 +645,8 @@ def main(argv=None) -> None:
         device = select_device(first.device)
         if device.type == "cuda" and processes > 1:
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
-        data = load_data(first, device, rank, processes)
+        store = meet(rank, processes)
+        data = load_data(first, device, rank, store)
         if shifts:
             return say(f"wrote {measure_error_against_shift(study, data, device)}") if rank == 0 else None
         failures = train_all(study, groups, data, rank, processes)
