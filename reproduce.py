@@ -31,12 +31,12 @@ from statistics import mean, stdev
 import torch
 
 from convert_mnist import LENGTH, CommandLine
-from models import MODELS, build_model
+from models import MODELS
 from parallel_seeds import ParallelRuns
 from run_folder import BadCheckpoint, Busy, is_percentage, read_json, read_result, read_weights, say, write_json
 from train import (
     DEFAULTS, REPORTING, TRAIN_MODES, Config, Data, Diverged, Run, add_train_options, describe_environment, error_against_shift,
-    find_data, keep_freed_memory, select_device,
+    find_data, keep_freed_memory, select_device, trained_model,
 )
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -492,11 +492,8 @@ def measure_error_against_shift(study: Study, data: Data, device: torch.device) 
     for config in study.configs:
         name = run_name(config)
         if all(row["run"] != name for row in rows):
-            model = build_model(config.model)
-            try:
-                model.load_state_dict(read_weights(study.folder(config) / "weights.pt"))
-            except RuntimeError as error:
-                raise ValueError(f"{study.folder(config) / 'weights.pt'} are not the weights of {config.model}") from error
+            weights = study.folder(config) / "weights.pt"
+            model = trained_model(config.model, read_weights(weights), weights)
             errors = error_against_shift(model.to(device), data.splits["test_centered"], config.precision)
             rows.append({"run": name, "model": config.model, "train_mode": config.train_mode, "seed": config.seed,
                          "precision": config.precision, "sha256": data.sha256, "environment": describe_environment(device),

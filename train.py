@@ -648,6 +648,16 @@ def _latest_run(config: Config) -> Run:
     return Run(config, data=data)
 
 
+def trained_model(name: str, weights: dict, file) -> nn.Module:
+    """The model of that name with the weights that `file` holds. Raises ValueError naming it if they do not fit."""
+    model = build_model(name)
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:  # a well-formed file may hold anything
+        raise ValueError(f"{file} does not hold the weights of {name}") from error
+    return model
+
+
 def evaluate_checkpoint(file, options: dict) -> str:
     """A line with the test errors of the network in `file`, a checkpoint.pt or a model's weights.
 
@@ -677,11 +687,7 @@ def evaluate_checkpoint(file, options: dict) -> str:
     else:
         config = Config(**options)
     device = select_device(config.device)
-    model = build_model(config.model)
-    try:
-        model.load_state_dict(weights)
-    except Exception as error:  # a well-formed file may hold anything
-        raise ValueError(f"{file} does not hold the weights of {config.model}") from error
+    model = trained_model(config.model, weights, file)
     data = find_data(config, device)
     model.to(device)
     errors = []
