@@ -62,7 +62,8 @@ def _check_counts(**counts) -> None:
 class MobiusGaugeCNN(nn.Module):
     """Gauge equivariant CNN on the Möbius strip.
 
-    In evaluation, its logits do not change under shifts by multiples of 4 where L is a multiple of 4.
+    In evaluation, for L a multiple of 4, its logits do not change under shifts by multiples of 4; with polyphase pooling,
+    under all 2L isometries.
 
     Six convolutions with a nonlinearity after the first five and pooling after the second and the fourth; the
     sixth gives 64 scalar fields, whose global maximum is what an invariant classifier sees. In between, the channels of
@@ -73,19 +74,21 @@ class MobiusGaugeCNN(nn.Module):
         ch_in: scalar fields of the input.
         classes: number of logits.
         mode: field types in between, 'scalar', 'signflip', 'regular', 'irrep' or 'mixed'.
+        pooling: of `MobiusPool`: 'fixed', as published, or 'polyphase'. The parameters are the same.
         device, dtype: of the parameters.
 
     Shape:
         ``(N, ch_in, W, L)`` to ``(N, classes)``.
 
     Raises:
-        ValueError: for an argument that is not allowed.
+        ValueError: for an argument that is not allowed; in `forward`, for an input that does not fit, as where L is no
+            multiple of 4 with polyphase pooling.
 
     Source: arXiv:2106.06020, Section 5, Table 4.
     """
 
     def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, mode: str = "regular",
-                 *, device=None, dtype=None) -> None:
+                 pooling: str = "fixed", *, device=None, dtype=None) -> None:
         super().__init__()
         _check_counts(ch_in=ch_in, classes=classes)
         if mode not in list(MODES):
@@ -96,7 +99,7 @@ class MobiusGaugeCNN(nn.Module):
 
         def nonlin_pool(fields):
             """Pooled first, where maximum and nonlinearity commute: a quarter of the values to compute."""
-            layers = nonlin(fields), MobiusPool(fields)
+            layers = nonlin(fields), MobiusPool(fields, pooling)
             return layers if fields.sign else layers[::-1]
 
         scalars = (ch_in, 0, 0)
@@ -125,6 +128,7 @@ class CNN(nn.Module):
         classes: number of logits.
         fix_params: divide the channels by sqrt(2), for about as many parameters as the gauge CNNs have;
             otherwise it has as many channels as they have.
+        pooling: of `MobiusPool`: 'fixed', as published, or 'polyphase'.
         device, dtype: of the parameters.
 
     Shape:
@@ -137,7 +141,7 @@ class CNN(nn.Module):
     """
 
     def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, fix_params: bool = False,
-                 *, device=None, dtype=None) -> None:
+                 pooling: str = "fixed", *, device=None, dtype=None) -> None:
         super().__init__()
         _check_counts(ch_in=ch_in, classes=classes)
         factory = {"device": device, "dtype": dtype}
@@ -147,7 +151,7 @@ class CNN(nn.Module):
             return nn.Identity(), MobiusConvNaive(c_in, c_out, kernel_size, **factory)
 
         def pool(channels):
-            return MobiusPool((channels, 0, 0))
+            return MobiusPool((channels, 0, 0), pooling)
 
         c1, c2, c3, c4, c5 = (int(c / sqrt(2)) if fix_params else c for c in (16, 32, 64, 128, 256))
         self.cnn = nn.Sequential(

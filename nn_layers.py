@@ -3,7 +3,7 @@
     transport_pad     pads a feature map over the cut by parallel transport
     MobiusConv        convolution with steerable (reflection equivariant) kernels
     EquivNonlin       a nonlinearity for each field type
-    MobiusPool        2 x 2 pooling for each field type
+    MobiusPool        2 x 2 pooling for each field type, on a fixed grid or on one that the data choose
     TransportPad      transport_pad as a module, for networks that are exported to plain torch.nn
     MobiusPadNaive    padding for conventional CNNs, which know nothing of frames
     MobiusConvNaive   that padding and nn.Conv2d in one
@@ -36,9 +36,13 @@ from fields import (
     check_features,
     check_strip,
     cross_cut,
+    double_cover,
+    gauge_transform,
     interleave,
     map_pointwise,
 )
+
+POOLINGS = ("fixed", "polyphase")
 
 
 def transport_pad(x: Tensor, pad: int, fields) -> Tensor:
@@ -466,8 +470,8 @@ class _EquivMaxPool(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, fields: Fields, padding: tuple[int, int], ceil_mode: bool) -> Tensor:
-        max_pool = partial(F.max_pool2d, kernel_size=2, padding=padding, ceil_mode=ceil_mode, return_indices=True)
+    def forward(ctx, x: Tensor, fields: Fields, stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool) -> Tensor:
+        max_pool = partial(F.max_pool2d, kernel_size=2, stride=stride, padding=padding, ceil_mode=ceil_mode, return_indices=True)
         y, index = max_pool(x)
         smallest, at_smallest = max_pool(-_sign_channels(x, fields))
         y_sign, index_sign = _sign_channels(y, fields), _sign_channels(index, fields)
@@ -475,7 +479,7 @@ class _EquivMaxPool(torch.autograd.Function):
         y_sign.copy_(torch.where(negative, -smallest, y_sign))
         index_sign.copy_(torch.where(negative, at_smallest, index_sign))
         ctx.save_for_backward(index)
-        ctx.padding, ctx.ceil_mode, ctx.shape = padding, ceil_mode, x.shape
+        ctx.alignment, ctx.shape = (stride, padding, (1, 1), ceil_mode), x.shape
         ctx.memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
         return y
 
@@ -484,10 +488,77 @@ class _EquivMaxPool(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         # The shape and the layout of the input is all that is read of it: no reason to keep it.
         x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
-        grad = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, x, [2, 2], [2, 2], ctx.padding, [1, 1], ctx.ceil_mode, index
-        )
-        return grad, None, None, None
+        grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, (2, 2), *ctx.alignment, index)
+        return grad, None, None, None, None
+
+
+def _one_column_on(x: Tensor, fields: Fields, step: int) -> Tensor:
+    """The isometry action by a shift of `step`, 1 or -1."""
+    last = x.shape[3] - 1
+    if step == 1:
+        return torch.cat([cross_cut(x.narrow(3, last, 1), fields), x.narrow(3, 0, last)], dim=3)
+    return torch.cat([x.narrow(3, 1, last), cross_cut(x.narrow(3, 0, 1), fields)], dim=3)
+
+
+class _MoveSome(torch.autograd.Function):
+    """`_one_column_on` for the samples that `which` marks, a boolean (N,): in memory, for no more than those."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, which: Tensor, fields: Fields, step: int) -> Tensor:
+        ctx.save_for_backward(which)
+        ctx.fields, ctx.step, ctx.shape = fields, step, x.shape
+        moved = x.clone()
+        moved[which] = _one_column_on(x[which], fields, step)
+        return moved
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (which,) = ctx.saved_tensors
+        fields, step = ctx.fields, ctx.step
+        if needs_formula(grad):  # as in _PadColumns
+            def moved(x: Tensor) -> Tensor:
+                return torch.where(which[:, None, None, None], _one_column_on(x, fields, step), x)
+
+            return torch.func.vjp(moved, torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device))[1](grad)[0], None, None, None
+        # rho(s) is orthogonal: the transposed map is the inverse.
+        return _MoveSome.apply(grad, which, fields, -step), None, None, None
+
+
+def _best_parity(x: Tensor, fields: Fields) -> Tensor:
+    """For each sample, whether the shift at which the field matches a template best is odd: a boolean (N,).
+
+    A shift of x by t moves that shift by t, and a gauge transformation leaves it as it is, since the template is matched in
+    both gauges. The template's values, sin(n^2), are linearly independent over the algebraic numbers (theorem of Lindemann
+    and Weierstrass): in exact arithmetic, two matches of a field of rational numbers are equal only if the field is
+    in both positions the same.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    n, channels, width, length = x.shape
+    numbers = torch.arange(1, channels * width * length + 1, device=x.device, dtype=torch.float64)
+    template = arrange_channels(numbers.square().sin().to(x.dtype).view(1, channels, width, length), fields)
+    columns = torch.arange(length, device=x.device)
+    # Row l of the product with the double cover has the matches of the template's column l with each of its 2L columns.
+    start = (columns[:, None] - torch.arange(2 * length, device=x.device)) % (2 * length)
+    cover = double_cover(x, fields).flatten(1, 2)
+    matches = []
+    with torch.autocast(x.device.type, enabled=False):
+        for columns_of_template in (template, gauge_transform(template, fields)):
+            products = columns_of_template.flatten(1, 2).transpose(1, 2) @ cover
+            matches.append(products.gather(2, start.expand(n, -1, -1)).sum(1))
+    even, odd = torch.stack(matches, 1).unflatten(2, (length, 2)).amax((1, 2)).unbind(1)
+    return odd - even > _rounding(x.dtype) * (odd.abs() + even.abs())
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Of each sample, (N,), in float32 at least."""
+    # In two steps: PyTorch adds up what it is given one by one, and rounding would grow with the number of all entries.
+    of_pixels = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.linalg.vector_norm(of_pixels, dim=(1, 2))
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Sums of the same terms in another order agree to about this, relatively."""
+    return 16 * torch.finfo(dtype).eps
 
 
 class MobiusPool(nn.Module):
@@ -495,48 +566,112 @@ class MobiusPool(nn.Module):
 
     Trivial and regular fields: the maximum. Sign-flip fields: the entry of largest magnitude with its sign.
 
-    Where L is odd, the last window takes its second column over the cut. Where W is odd, windows aligned to
-    one edge of the strip would not be windows of the reflected strip: it pools twice, aligned to the top and
-    to the bottom edge, with the row left over in a window of its own, and averages the two.
+    Where W is odd, windows aligned to one edge of the strip would not be windows of the reflected strip: it pools
+    twice, aligned to the top and to the bottom edge, with the row left over in a window of its own, and averages the two.
 
-    Exactly gauge equivariant (but for windows of a sign-flip field that hold both +a and -a as the largest);
-    equivariant under isometries by an even shift where L is even.
+    Along the strip, with `pooling`
+
+    - 'fixed', as published, windows begin at the even columns. Where L is odd, the last window takes its second column
+      over the cut. Equivariant under isometries by an even shift t where L is even: the output moves by t / 2.
+    - 'polyphase', windows begin at the even or at the odd columns, the last one of these going on over the cut; for each
+      sample there where the pooled fields' norm (the sum of squares over all channels and pixels) is larger. Let p be
+      0 or 1 for even or odd. A shift of the input by t changes it to p' = (p + t) mod 2 and moves the output by
+      (t + p - p') / 2, which is an integer: equivariant under all 2L isometries. L must be even.
+
+    Exactly gauge equivariant (but for windows of a sign-flip field that hold both +a and -a as the largest).
+
+    Where both norms are equal up to rounding, a comparison with a fixed template decides. There is one kind of field for
+    which no choice is right: if a shift by an odd t is the same as a gauge transformation of the field, but not
+    the same as the field, then p must change under the shift, and must not under the gauge transformation. There it is 0, and
+    pooling is gauge equivariant only.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.
+        pooling: 'fixed' or 'polyphase'.
 
     Shape:
         ``(N, C, W, L)`` to ``(N, C, ceil(W / 2), ceil(L / 2))``.
 
     Raises:
-        ValueError: for multiplicities that are not allowed; in `forward`, for an input that is not 4-d with
-            C channels.
+        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d with
+            C channels, or for an odd L with 'polyphase'.
 
-    Source: arXiv:2106.06020, Section 5.
+    Source: arXiv:2106.06020, Section 5; adaptive polyphase sampling: Chaman and Dokmanić, CVPR 2021, arXiv:2011.14214.
     """
 
-    def __init__(self, in_fields) -> None:
+    def __init__(self, in_fields, pooling: str = "fixed") -> None:
         super().__init__()
         self.in_fields = self.out_fields = as_fields(in_fields, "in_fields")
-
-    def _pool(self, x: Tensor, padding: tuple[int, int] = (0, 0), ceil_mode: bool = False) -> Tensor:
-        if self.in_fields.sign and is_plain(x):
-            return _EquivMaxPool.apply(x, self.in_fields, padding, ceil_mode)
-        alignment = {"padding": padding, "ceil_mode": ceil_mode}
-        return map_pointwise(x, self.in_fields, partial(F.max_pool2d, kernel_size=2, **alignment), partial(_signed_max_pool, **alignment))
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        self.pooling = pooling
 
     def forward(self, x: Tensor) -> Tensor:
         check_features(x, self.in_fields)
-        width, length = x.shape[2:]
-        if length % 2:
-            x = torch.cat([x, cross_cut(x.narrow(3, 0, 1), self.in_fields)], dim=3)
-        if width % 2 == 0:
-            return self._pool(x)
+        if self.pooling == "polyphase":
+            return self._polyphase(x)
+        return self._pool(x if x.shape[3] % 2 == 0 else self._with_first_column(x))
+
+    def _with_first_column(self, x: Tensor) -> Tensor:
+        """One column longer: behind the last column stands the first, over the cut."""
+        return torch.cat([x, cross_cut(x.narrow(3, 0, 1), self.in_fields)], dim=3)
+
+    def _pool(self, x: Tensor, stride: int = 2) -> Tensor:
+        """2 x 2 windows, their first columns `stride` apart."""
+        if x.shape[2] % 2 == 0:
+            return self._windows(x, stride=(2, stride))
         # max_pool2d's own padding is -inf and never wins. Halved first, the sum cannot overflow.
-        return self._pool(x, ceil_mode=True) / 2 + self._pool(x, padding=(1, 0)) / 2
+        top, bottom = (self._windows(x, stride=(2, stride), **rest) for rest in ({"ceil_mode": True}, {"padding": (1, 0)}))
+        return top / 2 + bottom / 2
+
+    def _windows(self, x: Tensor, stride: tuple[int, int], padding: tuple[int, int] = (0, 0), ceil_mode: bool = False) -> Tensor:
+        if self.in_fields.sign and is_plain(x):
+            return _EquivMaxPool.apply(x, self.in_fields, stride, padding, ceil_mode)
+        alignment = {"stride": stride, "padding": padding, "ceil_mode": ceil_mode}
+        return map_pointwise(x, self.in_fields, partial(F.max_pool2d, kernel_size=2, **alignment), partial(_signed_max_pool, **alignment))
+
+    def _polyphase(self, x: Tensor) -> Tensor:
+        if x.shape[3] % 2:
+            raise ValueError(
+                f"polyphase pooling takes an even length L, got shape {tuple(x.shape)}: once round a strip of odd length, "
+                "its even columns have become its odd ones, so that it has no grid of every second column to choose"
+            )
+        # The gradient of a copy that is pooled costs less than that of both phases; on a GPU, such a copy means to wait.
+        if x.device.type == "cpu" and is_plain(x) and x.requires_grad and torch.is_grad_enabled():
+            return self._pool(_MoveSome.apply(x, self._begins_odd(x, *self._norms(x)), self.in_fields, -1))
+        even, odd = self._phases(x)
+        return torch.where(self._begins_odd(x, _norm(even), _norm(odd))[:, None, None, None], odd, even)
+
+    def _phases(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled in windows that begin at the even and at the odd columns."""
+        return self._pool(self._with_first_column(x), stride=1).unflatten(3, (-1, 2)).unbind(4)
+
+    @torch.no_grad()
+    def _norms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the two phases, with less work than it takes to compute these."""
+        if x.shape[2] % 2:
+            return tuple(_norm(phase) for phase in self._phases(x))
+        fields = self.in_fields
+        if fields.sign:  # of their windows, the norm sees the largest magnitude
+            x = x.clone()
+            _sign_channels(x, fields).abs_()
+            fields = fields._replace(triv=fields.triv + fields.sign, sign=0)
+        rows = torch.maximum(x[:, :, 0::2], x[:, :, 1::2])
+        windows = torch.maximum(rows, _one_column_on(rows, fields, -1))
+        return _norm(windows[..., 0::2]), _norm(windows[..., 1::2])
+
+    @torch.no_grad()
+    def _begins_odd(self, x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+        """Whether windows are to begin at the odd columns, (N,), by the norms of the two phases."""
+        larger, tied = odd > even, (odd - even).abs() <= _rounding(odd.dtype) * (odd + even)
+        if x.device.type != "cpu" or not is_plain(x):  # nothing may depend on values, or should wait for them
+            return torch.where(tied, _best_parity(x, self.in_fields), larger)
+        if tied.any():
+            larger[tied] = _best_parity(x[tied], self.in_fields)
+        return larger
 
     def extra_repr(self) -> str:
-        return f"{self.in_fields}"
+        return f"{self.in_fields}" + (f", pooling={self.pooling!r}" if self.pooling != "fixed" else "")
 
 
 class TransportPad(nn.Module):

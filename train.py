@@ -35,6 +35,7 @@ from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, Split, convert
 from data_loader import batches, load_dataset
 from fields import as_integer, isometry_action
 from models import MODELS, build_model, count_parameters
+from nn_layers import POOLINGS
 from run_folder import BadCheckpoint, Busy, RunFolder, new_folder, read_checkpoint, read_result, read_weights, say, summary_writer
 
 TRAIN_MODES = ("centered", "shifted")
@@ -44,7 +45,7 @@ PRECISIONS = ("fp32", "bf16")
 EVAL_BATCH_SIZE = 500
 
 LATEST = object()  # --resume without a folder
-EVAL_OPTIONS = ("model", "test_mode", "dataset", "data", "mnist_root", "device", "precision")
+EVAL_OPTIONS = ("model", "pooling", "test_mode", "dataset", "data", "mnist_root", "device", "precision")
 
 # Settings that say where a run reads, writes and computes; all others say what.
 PLACES = ("data", "mnist_root", "device", "log_dir", "tensorboard")
@@ -57,6 +58,7 @@ class Config:
     """What defines a run; the defaults are the paper's protocol. Raises ValueError for a value that is not allowed.
 
     model: a name in `models.MODELS`.
+    pooling: of `nn_layers.MobiusPool`.
     dataset: a name in `convert_mnist.SOURCES`; its npz is made where it is not there yet.
     data: path of an npz to use instead.
     mnist_root: folder with MNIST's files, for making the npz.
@@ -74,6 +76,7 @@ class Config:
     """
 
     model: str
+    pooling: str = "fixed"
     train_mode: str = "centered"
     test_mode: str = "both"
     num_epochs: int = 20
@@ -97,7 +100,7 @@ class Config:
             if not holds:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
-        for name, allowed in (("model", MODELS), ("train_mode", TRAIN_MODES), ("test_mode", TEST_MODES),
+        for name, allowed in (("model", MODELS), ("pooling", POOLINGS), ("train_mode", TRAIN_MODES), ("test_mode", TEST_MODES),
                               ("dataset", SOURCES), ("device", DEVICES), ("precision", PRECISIONS)):
             require(name, getattr(self, name) in list(allowed), f"one of {', '.join(allowed)}")
         for name in ("num_epochs", "batch_size", "lr_decay_period", "eval_freq", "seed"):
@@ -272,7 +275,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)
         # Initialised on the CPU, a seed means the same weights on every device.
-        self.model = build_model(config.model).to(self.device)
+        self.model = build_model(config.model, pooling=config.pooling).to(self.device)
         self.random = self.global_random_states()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.steps = len(self.training_set.labels) // config.batch_size  # of an epoch
@@ -565,6 +568,7 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
             parser.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **kwargs)
 
     add("model", "one of the seven", choices=MODELS, metavar="{" + ",".join(MODELS) + "}")
+    add("pooling", "grid of the pooling windows: as published, or chosen by the data", choices=POOLINGS)
     add("train_mode", "version of the training digits", choices=TRAIN_MODES)
     add("test_mode", "version of the test digits", choices=TEST_MODES)
     add("num_epochs", "passes over the training set", type=int, metavar="N")
@@ -648,9 +652,9 @@ def _latest_run(config: Config) -> Run:
     return Run(config, data=data)
 
 
-def trained_model(name: str, weights: dict, file) -> nn.Module:
+def trained_model(name: str, weights: dict, file, **kwargs) -> nn.Module:
     """The model of that name with the weights that `file` holds. Raises ValueError naming it if they do not fit."""
-    model = build_model(name)
+    model = build_model(name, **kwargs)
     try:
         model.load_state_dict(weights)
     except Exception as error:  # a well-formed file may hold anything
@@ -687,7 +691,7 @@ def evaluate_checkpoint(file, options: dict) -> str:
     else:
         config = Config(**options)
     device = select_device(config.device)
-    model = trained_model(config.model, weights, file)
+    model = trained_model(config.model, weights, file, pooling=config.pooling)
     data = find_data(config, device)
     model.to(device)
     errors = []

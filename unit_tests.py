@@ -55,7 +55,7 @@ import visualize
 from fast_path import is_plain
 from fields import Fields, PlanarFields, adjacent_channels, arrange_channels, as_fields, gauge_transform, isometry_action
 from models import CNN, MODELS, MODES, MobiusGaugeCNN, build_model, count_parameters, export
-from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad, transport_pad
+from nn_layers import POOLINGS, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad, transport_pad
 
 ROOT = Path(__file__).resolve().parent
 DOUBLE = torch.float64
@@ -560,8 +560,145 @@ class TestMobiusPool(Case):
         with self.assertRaisesRegex(ValueError, "in_fields"):
             MobiusPool((0, 0))
         for bad, message in [((4, 6, 6), "4-d"), ((1, 3, 6, 6), "4 channels")]:
-            with self.assertRaisesRegex(ValueError, message):
-                MobiusPool((1, 1, 1))(torch.zeros(bad))
+            for pooling in POOLINGS:
+                with self.assertRaisesRegex(ValueError, message):
+                    MobiusPool((1, 1, 1), pooling)(torch.zeros(bad))
+        for pooling in ("max", None, 2, ["fixed"]):
+            with self.assertRaisesRegex(ValueError, "pooling must be one of fixed, polyphase, got"):
+                MobiusPool((1, 1, 1), pooling)
+
+
+class TestPolyphasePooling(Case):
+    EVEN = [(6, 8), (7, 8), (5, 6), (1, 4), (4, 2)]  # (W, L)
+
+    @staticmethod
+    def phase(x, fields) -> torch.Tensor:
+        """0 or 1 of each sample: which grid its windows are on. From outside it cannot always be seen: both can give the same."""
+        pool = MobiusPool(fields, "polyphase")
+        return pool._begins_odd(x, *pool._norms(x)).long()
+
+    def assertEquivariant(self, x, fields, gauge=True):
+        """Under each of the isometries, sample by sample as the docstring of MobiusPool says, and under gauge transformations."""
+        pool = MobiusPool(fields, "polyphase")
+        y, p = pool(x), self.phase(x, fields)
+        for shift in all_shifts(x.shape[3]):
+            moved = isometry_action(x, shift, fields)
+            after = (p + shift) % 2
+            expected = isometry_action(y, (shift + p - after) // 2, fields)
+            self.assertClose(pool(moved), expected, message=f"fields {fields}, {tuple(x.shape)}, shift {shift}")
+            self.assertClose(pool(moved.requires_grad_()), expected)  # goes another way
+        if gauge:
+            self.assertClose(pool(gauge_transform(x, fields)), gauge_transform(y, fields))
+
+    @staticmethod
+    def sparse(fields, n=40) -> torch.Tensor:
+        """Few values other than zero, no two alike: both grids often have each of them in a window of its own, and equal norms."""
+        c = channels(fields)
+        values = torch.arange(1, n * c * 24 + 1, dtype=DOUBLE)[torch.randperm(n * c * 24)].view(n, c, 4, 6)
+        return values * (torch.rand(n, c, 4, 6) < 0.3 / c)
+
+    def test_values(self):
+        """The phase of the larger norm, window by window."""
+        for fields, (width, length) in itertools.product(FIELDS, self.EVEN):
+            x = features(fields, width, length, n=8)
+            phases = torch.stack([TestMobiusPool.reference(reference_cover(x, fields, p, p + length), fields) for p in (0, 1)])
+            even, odd = phases.square().sum((2, 3, 4))
+            # In few pixels, both grids can have the same values in their windows.
+            differ = (even - odd).abs() > 1e-6
+            expected = phases[(odd > even).long(), torch.arange(8)][differ]
+            pool = MobiusPool(fields, "polyphase")
+            with self.subTest(fields=fields, width=width, length=length):
+                self.assertGreater(len(expected), 0)
+                self.assertClose(pool(x)[differ], expected)
+                self.assertClose(pool(x.clone().requires_grad_())[differ], expected)
+
+    def test_equivariance(self):
+        for fields, size in itertools.product(FIELDS, self.EVEN):
+            self.assertEquivariant(features(fields, *size, n=3), fields)
+
+    def test_fixed_grid_is_not_equivariant(self):
+        with self.assertRaises(AssertionError):
+            with mock.patch.object(MobiusPool, "_begins_odd", lambda self, x, even, odd: torch.zeros(len(x), dtype=torch.bool)):
+                self.assertEquivariant(features((1, 1, 1), 6, 8), (1, 1, 1))
+
+    def test_ties(self):
+        for fields in FIELDS:
+            x = self.sparse(fields)
+            even, odd = MobiusPool(fields, "polyphase")._norms(x)
+            self.assertGreater((even == odd).sum(), 5)
+            for scale in (1, 0.3):  # with it, the sum of the same squares depends on their order
+                self.assertEquivariant(scale * x, fields)
+            for same in (torch.zeros, torch.ones):
+                if same is torch.zeros or not fields[1]:  # over the cut, 1 meets -1 in a sign-flip field
+                    self.assertEquivariant(same(2, channels(fields), 4, 6, dtype=DOUBLE), fields)
+            # They do need to be broken.
+            with mock.patch("nn_layers._best_parity", lambda x, fields: torch.zeros(len(x), dtype=torch.bool)):
+                with self.assertRaises(AssertionError):
+                    self.assertEquivariant(x, fields)
+
+    def test_where_no_choice_is_right(self):
+        """A field that a shift by 3 changes just as a gauge transformation does."""
+        fields = (0, 0, 1)
+        half = torch.rand(1, 1, 4, 3, dtype=DOUBLE)
+        half = torch.cat([half, half.flip(2)], dim=1)
+        x = torch.cat([half, gauge_transform(half, fields)], dim=3)
+        self.assertTrue(torch.equal(isometry_action(x, 3, fields), gauge_transform(x, fields)))
+        for x in (x, gauge_transform(x, fields)):
+            self.assertEqual(self.phase(x, fields).item(), 0)
+        with self.assertRaises(AssertionError):
+            self.assertEquivariant(x, fields)
+
+    def test_each_sample_on_its_own(self):
+        fields = (2, 1, 3)
+        x, pool = features(fields, 6, 8, n=16), MobiusPool(fields, "polyphase")
+        self.assertEqual(set(self.phase(x, fields).tolist()), {0, 1})
+        self.assertClose(pool(x), torch.cat([pool(sample) for sample in x.split(1)]))
+        planar = PlanarFields(*fields)
+        for x in (x, self.sparse(fields)):
+            order = arrange_channels(torch.arange(9)[None, :, None, None], planar).flatten()
+            self.assertClose(MobiusPool(planar, "polyphase")(x[:, order]), pool(x)[:, order])
+
+    def test_odd_length(self):
+        with self.assertRaisesRegex(ValueError, r"even length L, got shape \(2, 3, 6, 7\): once round a strip of odd length"):
+            MobiusPool((3, 0, 0), "polyphase")(torch.zeros(2, 3, 6, 7))
+
+    def test_gradients_and_tools(self):
+        """Both ways of computing it, for the tools of TestTorchHabits."""
+        for fields, width in (((1, 1, 1), 4), ((1, 1, 1), 3), ((0, 0, 2), 4)):
+            pool = MobiusPool(fields, "polyphase")
+            x = features(fields, width, 4, n=1)
+            x = torch.cat([x, isometry_action(x, 1, fields)])  # the one is on the even grid, the other on the odd one
+            with self.subTest(fields=fields, width=width):
+                given = x.clone().requires_grad_()
+                self.assertTrue(torch.autograd.gradcheck(pool, given, check_forward_ad=True, check_batched_grad=True))
+                self.assertTrue(torch.autograd.gradgradcheck(pool, given))
+                weights = torch.randn_like(pool(x))
+                (by_copy,) = torch.autograd.grad((pool(given) * weights).sum(), given)
+                torch.compiler.reset()
+                compiled = torch.compile(pool, fullgraph=True, backend="aot_eager")
+                for other in (compiled, torch.vmap(lambda sample: pool(sample[None])[0]), copy.deepcopy(pool)):
+                    self.assertTrue(torch.equal(other(x), pool(x)))
+                self.assertClose(torch.func.grad(lambda x: (pool(x) * weights).sum())(x), by_copy)
+                self.assertTrue(torch.equal(torch.export.export(pool, (x,)).module()(x), pool(x)))
+                if width == 4:
+                    ties = self.sparse(fields)
+                    self.assertTrue(torch.equal(torch.compile(pool, fullgraph=True, backend="aot_eager")(ties), pool(ties)))
+        self.assertIn("pooling='polyphase'", repr(pool))
+
+    def test_dtypes(self):
+        fields = (1, 1, 1)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            x = features(fields, 6, 8, n=8).to(dtype)
+            pool = MobiusPool(fields, "polyphase")
+            self.assertEqual(pool(x).dtype, dtype)
+            self.assertEquivariant(x.double(), fields)
+            expected = pool(x.double())  # the same phases: norms are taken in float32 at least
+            self.assertTrue(torch.equal(pool(x).double(), expected))
+            with torch.autocast("cpu", torch.bfloat16):
+                sparse = self.sparse(fields).float()
+                self.assertTrue(torch.equal(pool(sparse), pool(sparse.double()).float()))
+        largest = torch.full((1, 4, 4, 4), torch.finfo(torch.float16).max, dtype=torch.float16)
+        self.assertTrue(MobiusPool(fields, "polyphase")(largest).isfinite().all())
 
 
 class TestTorchHabits(Case):
@@ -735,10 +872,10 @@ class TestModels(Case):
                 self.assertClose(model(x), classify(model, y.flatten(2).max(2).values))
 
     @staticmethod
-    def logits_of_all_shifts(model, length=28):
-        x = torch.rand(1, 1, 28, length, dtype=DOUBLE)
+    def logits_of_all_shifts(model, shifts=range(56)):
+        x = torch.rand(1, 1, 28, 28, dtype=DOUBLE)
         with torch.no_grad():
-            return model(torch.cat([isometry_action(x, shift, (1, 0, 0)) for shift in range(2 * length)]))
+            return model(torch.cat([isometry_action(x, shift, (1, 0, 0)) for shift in shifts]))
 
     def test_invariance_under_multiples_of_four(self):
         for mode in MODES:
@@ -748,11 +885,26 @@ class TestModels(Case):
                 self.assertClose(logits[::4], logits[:1].expand(14, -1))
                 self.assertNotClose(logits, logits[:1].expand(56, -1))  # the published pooling: every fourth only
 
+    def test_invariance_under_all_isometries(self):
+        for mode in MODES:
+            model = randomized_norms(MobiusGaugeCNN(mode=mode, pooling="polyphase", dtype=DOUBLE)).eval()
+            logits = self.logits_of_all_shifts(model, range(-5, 56))
+            with self.subTest(mode):
+                self.assertClose(logits, logits[5:6].expand(61, -1))
+
     def test_cnns_are_not_invariant(self):
-        for name in ("cnn_same_channels", "cnn_same_params"):
-            logits = self.logits_of_all_shifts(randomized_norms(build_model(name, dtype=DOUBLE)).eval())
-            with self.subTest(name), self.assertRaises(AssertionError):
+        for name, pooling in itertools.product(("cnn_same_channels", "cnn_same_params"), POOLINGS):
+            logits = self.logits_of_all_shifts(randomized_norms(build_model(name, pooling=pooling, dtype=DOUBLE)).eval())
+            with self.subTest(name, pooling=pooling), self.assertRaises(AssertionError):
                 self.assertClose(logits[::4], logits[:1].expand(14, -1))
+
+    def test_pooling_has_no_parameters(self):
+        """Weights of the published networks go into those with polyphase pooling, and back."""
+        for name in ("mobius_mixed", "cnn_same_params"):
+            published, ours = build_model(name), build_model(name, pooling="polyphase")
+            ours.load_state_dict(published.state_dict())
+            x = torch.rand(4, 1, 28, 28)
+            self.assertNotClose(published.eval()(x), ours.eval()(x))
 
     def test_moving_the_cut_changes_nothing(self):
         model = randomized_norms(MobiusGaugeCNN(mode="mixed", dtype=DOUBLE)).eval()
