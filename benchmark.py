@@ -2,6 +2,7 @@
 
     python benchmark.py                                      # all seven, float32 and bfloat16
     python benchmark.py --models mobius_regular --precision fp32 --device cpu
+    python benchmark.py --pooling                            # instead: what polyphase pooling costs
 
 The *textbook CNN* has the architecture of cnn_same_channels in plain torch.nn: Conv2d(padding=2), ELU, MaxPool2d, in
 float32, eager, in the default memory format. All run in one process and take turns, so that what else the machine does
@@ -27,11 +28,11 @@ from torch import nn
 from convert_mnist import LENGTH, WIDTH, CommandLine, write_atomically
 from data_loader import CLASSES
 from models import FEATURES, MODELS, build_classifier, build_model
-from nn_layers import MobiusConv
+from nn_layers import POOLINGS, MobiusConv
 from train import DEVICES, PRECISIONS, describe_environment, keep_freed_memory, select_device
 
 TEXTBOOK = "textbook CNN"
-RESULTS = Path(__file__).resolve().parent / "results" / "benchmark.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class TextbookCNN(nn.Module):
@@ -57,10 +58,10 @@ class TextbookCNN(nn.Module):
 class Candidate:
     """A model with its optimizer and a batch, ready to be timed."""
 
-    def __init__(self, name: str, precision: str, batch_size: int, device: torch.device) -> None:
-        self.name, self.precision, self.device = name, precision, device
+    def __init__(self, name: str, precision: str, batch_size: int, device: torch.device, pooling: str = "fixed") -> None:
+        self.name, self.precision, self.device, self.pooling = name, precision, device, pooling
         torch.manual_seed(0)
-        self.model = (TextbookCNN() if name == TEXTBOOK else build_model(name)).to(device)
+        self.model = (TextbookCNN() if name == TEXTBOOK else build_model(name, pooling=pooling)).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=5e-3, weight_decay=1e-6)
         self.images = torch.rand(batch_size, 1, WIDTH, LENGTH, device=device)
         self.labels = torch.randint(CLASSES, (batch_size,), device=device)
@@ -135,13 +136,7 @@ def measure(candidates: list[Candidate], rounds: int, batch_size: int, rates: di
     rows = [{"model": c.name, "precision": c.precision} for c in candidates]
     # Inference first, when nothing changes the weights between two rounds.
     for task, flop in (("infer", 1), ("step", 3)):
-        times = [[] for _ in candidates]
-        for i in range(rounds + 1):
-            for candidate, collected in zip(candidates, times):
-                # The first of three finds the caches full of another model's data; in training none does.
-                turn = [seconds(getattr(candidate, task), candidate.device) for _ in range(3)][1:]
-                if i:  # after warm-up
-                    collected.append(statistics.mean(turn))
+        times = take_turns(candidates, task, rounds)
         for row, candidate, collected in zip(rows, candidates, times):
             row[task] = summary(collected, batch_size)
             row[task]["ratio"] = statistics.median(collected) / statistics.median(times[0])
@@ -149,6 +144,34 @@ def measure(candidates: list[Candidate], rounds: int, batch_size: int, rates: di
                 flop * candidate.conv_flop() / statistics.median(collected) / rates[candidate.precision]
             )
     return rows
+
+
+def measure_pooling(models: list[str], precisions: list[str], rounds: int, batch_size: int, device: torch.device) -> list[dict]:
+    """Each model with polyphase and with fixed pooling in turns: seconds, and the ratios of the former to the latter."""
+    rows = []
+    for precision in precisions:
+        for name in models:
+            row = {"model": name, "precision": precision}
+            for task in ("infer", "step"):
+                pair = [Candidate(name, precision, batch_size, device, pooling) for pooling in POOLINGS]
+                times = take_turns(pair, task, rounds)
+                row[task] = {"fixed": summary(times[0], batch_size), "polyphase": summary(times[1], batch_size)}
+                row[task]["ratio"] = statistics.median(times[1]) / statistics.median(times[0])
+            rows.append(row)
+            print(f"{name:18} {precision}   training step {row['step']['ratio']:.3f}   inference {row['infer']['ratio']:.3f}", flush=True)
+    return rows
+
+
+def take_turns(candidates: list[Candidate], task: str, rounds: int) -> list[list[float]]:
+    """Seconds of a task, for each candidate those of every round."""
+    times = [[] for _ in candidates]
+    for i in range(rounds + 1):
+        for candidate, collected in zip(candidates, times):
+            # The first of three finds the caches full of another model's data; in training none does.
+            turn = [seconds(getattr(candidate, task), candidate.device) for _ in range(3)][1:]
+            if i:  # after warm-up
+                collected.append(statistics.mean(turn))
+    return times
 
 
 def peak_memory(name: str, precision: str, batch_size: int, device: torch.device) -> float | None:
@@ -213,9 +236,25 @@ def command_line() -> CommandLine:
     parser.add_argument("--batch_size", type=int, default=128, metavar="N", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="of which the medians are taken (%(default)s)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto is cuda where there is one (%(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help="(results/benchmark.json)")
+    parser.add_argument("--pooling", action="store_true", help="compare polyphase with fixed pooling, and nothing else")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(results/benchmark.json; with --pooling results/benchmark_pooling.json)")
     parser.add_argument("--memory_of", help="print the peak memory of one model in MB, and nothing else")
     return parser
+
+
+def compare(options, device: torch.device) -> dict:
+    """The models side by side with the textbook CNN."""
+    rates = {precision: matmul_rate(precision, device) for precision in dict.fromkeys(("fp32", *options.precision))}
+    for precision, rate in rates.items():
+        print(f"matrix multiplication, {precision}: {rate / 1e9:.0f} GFLOP/s", flush=True)
+    new = partial(Candidate, batch_size=options.batch_size, device=device)
+    candidates = [new(TEXTBOOK, "fp32"), *(new(m, p) for p in options.precision for m in options.models)]
+    rows = measure(candidates, options.rounds, options.batch_size, rates)
+    for row in rows:
+        row["peak_memory_mb"] = peak_memory(row["model"], row["precision"], options.batch_size, device)
+        memory, reference = row["peak_memory_mb"], rows[0]["peak_memory_mb"]
+        row["memory_ratio"] = memory / reference if memory and reference else None
+    return {"matmul_gflop_per_second": {precision: rate / 1e9 for precision, rate in rates.items()}, "rows": rows}
 
 
 def main(argv=None) -> None:
@@ -231,34 +270,24 @@ def main(argv=None) -> None:
         with contextlib.suppress(ImportError):  # Windows does not tell: no figure there
             _print_memory_of(options.memory_of, options.precision[0], options.batch_size)
         return
+    out = options.out or RESULTS / ("benchmark_pooling.json" if options.pooling else "benchmark.json")
     keep_freed_memory()
     try:
         device = select_device(options.device)
-        with write_atomically(options.out) as file:  # before the minutes of work: can it be written at all?
-            rates = {precision: matmul_rate(precision, device) for precision in dict.fromkeys(("fp32", *options.precision))}
-            for precision, rate in rates.items():
-                print(f"matrix multiplication, {precision}: {rate / 1e9:.0f} GFLOP/s", flush=True)
-            new = partial(Candidate, batch_size=options.batch_size, device=device)
-            candidates = [new(TEXTBOOK, "fp32"), *(new(m, p) for p in options.precision for m in options.models)]
-            rows = measure(candidates, options.rounds, options.batch_size, rates)
-            for row in rows:
-                row["peak_memory_mb"] = peak_memory(row["model"], row["precision"], options.batch_size, device)
-                memory, reference = row["peak_memory_mb"], rows[0]["peak_memory_mb"]
-                row["memory_ratio"] = memory / reference if memory and reference else None
-            result = {
-                "environment": describe_environment(device),
-                "batch_size": options.batch_size,
-                "rounds": options.rounds,
-                "matmul_gflop_per_second": {precision: rate / 1e9 for precision, rate in rates.items()},
-                "rows": rows,
-            }
+        with write_atomically(out) as file:  # before the minutes of work: can it be written at all?
+            result = {"environment": describe_environment(device), "batch_size": options.batch_size, "rounds": options.rounds}
+            if options.pooling:
+                result["rows"] = measure_pooling(options.models, options.precision, options.rounds, options.batch_size, device)
+            else:
+                result |= compare(options, device)
             file.write((json.dumps(result, indent=2) + "\n").encode())
     except (ValueError, OSError) as error:
         parser.error(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    print(table(rows))
-    print(f"{options.out}: written")
+    if not options.pooling:
+        print(table(result["rows"]))
+    print(f"{out}: written")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     python convert_mnist.py --mnist_root FOLDER     # MNIST from a folder that has its four files
     python convert_mnist.py --source digits         # scikit-learn's bundled digits, no network
                                                     #                    -> data/mobius_digits.npz
+    python convert_mnist.py --source mnist_validation   # other training digits in place of the test set
+                                                        #                -> data/mobius_MNIST_validation.npz
 
 A digit is a scalar field on a strip of 28 x 28 pixels with values in [0, 1]. Every digit is stored
 *centered*, as it is, and *shifted* by an isometry drawn once, uniformly from all 2L = 56 of them.
@@ -210,8 +212,14 @@ def load_digits() -> tuple[Split, Split]:
     return Split(images[:-500], labels[:-500]), Split(images[-500:], labels[-500:])
 
 
+def load_validation(root) -> tuple[Split, Split]:
+    """For choosing settings without a look at the test set: in its place, 10,000 of MNIST's other training digits."""
+    digits, _ = load_mnist(root)
+    return tuple(Split(digits.images[part], digits.labels[part]) for part in (slice(20_000), slice(20_000, 30_000)))
+
+
 class Source(NamedTuple):
-    """load: reads the digits, from a folder where they need one. file: name of the npz.
+    """load: reads the digits, from a folder with MNIST where they need it. file: name of the npz.
     train_size, largest_train_size: training digits unless asked otherwise, and at most.
     """
 
@@ -229,8 +237,12 @@ class Source(NamedTuple):
 SOURCES = {
     # As many training digits as rotated MNIST has.
     "mnist": Source(load_mnist, "mobius_MNIST.npz", 12_000, 60_000),
+    "mnist_validation": Source(load_validation, "mobius_MNIST_validation.npz", 12_000, 20_000),
     "digits": Source(lambda root: load_digits(), "mobius_digits.npz", 1_297, 1_297),
 }
+
+
+FROM_MNIST = ("mnist", "mnist_validation")
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -267,8 +279,8 @@ def convert(source: str = "mnist", path=None, *, mnist_root=None, train_size: in
     path = Path(path) if path is not None else SOURCES[source].path
     train_size = default_size if train_size is None else as_integer(train_size, "train_size")
     seed = as_integer(seed, "seed")
-    if mnist_root is not None and source != "mnist":
-        raise ValueError(f"mnist_root is for mnist, got {mnist_root!r} for {source}")
+    if mnist_root is not None and source not in FROM_MNIST:
+        raise ValueError(f"mnist_root is for {', '.join(FROM_MNIST)}, got {mnist_root!r} for {source}")
     if not 1 <= train_size <= largest_size:
         raise ValueError(f"train_size must be 1 … {largest_size} for {source}, got {train_size}")
     if not 0 <= seed < 2**32:
@@ -297,9 +309,9 @@ def command_line() -> CommandLine:
     add = parser.add_argument
     add("--source", choices=SOURCES, default="mnist", help="which digits (%(default)s)")
     add("--mnist_root", metavar="FOLDER", help="folder with MNIST's four files; without it they are downloaded to data/")
-    add("--train_size", type=int, metavar="N", help="first N training digits (MNIST: 12000 of 60000; digits: all 1297)")
+    add("--train_size", type=int, metavar="N", help="first N training digits (MNIST: 12000 of 60000, or of 20000 with mnist_validation; digits: all 1297)")
     add("--seed", type=int, default=SEED, metavar="N", help="of the shifts (%(default)s)")
-    add("--out", metavar="FILE", help="the npz (data/mobius_MNIST.npz, data/mobius_digits.npz)")
+    add("--out", metavar="FILE", help="the npz (" + ", ".join(f"data/{source.file}" for source in SOURCES.values()) + ")")
     return parser
 
 

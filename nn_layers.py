@@ -636,29 +636,31 @@ class MobiusPool(nn.Module):
                 f"polyphase pooling takes an even length L, got shape {tuple(x.shape)}: once round a strip of odd length, "
                 "its even columns have become its odd ones, so that it has no grid of every second column to choose"
             )
-        # The gradient of a copy that is pooled costs less than that of both phases; on a GPU, such a copy means to wait.
-        if x.device.type == "cpu" and is_plain(x) and x.requires_grad and torch.is_grad_enabled():
-            return self._pool(_MoveSome.apply(x, self._begins_odd(x, *self._norms(x)), self.in_fields, -1))
-        even, odd = self._phases(x)
-        return torch.where(self._begins_odd(x, _norm(even), _norm(odd))[:, None, None, None], odd, even)
+        # On a CPU, the gradient of a moved copy that is pooled on the fixed grid costs less than that of both phases.
+        by_copy = x.device.type == "cpu" and is_plain(x) and x.requires_grad and torch.is_grad_enabled()
+        even, odd = self._phases(x.detach() if by_copy else x)
+        begins_odd = self._begins_odd(x.detach(), _norm(even.detach()), _norm(odd.detach()))
+        if by_copy:
+            return self._pool(_MoveSome.apply(x, begins_odd, self.in_fields, -1))
+        return torch.where(begins_odd[:, None, None, None], odd, even)
 
     def _phases(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled in windows that begin at the even and at the odd columns."""
-        return self._pool(self._with_first_column(x), stride=1).unflatten(3, (-1, 2)).unbind(4)
+        if x.shape[2] % 2 or x.requires_grad or not is_plain(x):
+            return self._pool(self._with_first_column(x), stride=1).unflatten(3, (-1, 2)).unbind(4)
+        # The same values without max_pool2d, whose gradient among equals would be another.
+        rows = self._larger(x[:, :, 0::2], x[:, :, 1::2])
+        windows = self._larger(rows, _one_column_on(rows, self.in_fields, -1))
+        return windows[..., 0::2], windows[..., 1::2]
 
-    @torch.no_grad()
-    def _norms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the two phases, with less work than it takes to compute these."""
-        if x.shape[2] % 2:
-            return tuple(_norm(phase) for phase in self._phases(x))
-        fields = self.in_fields
-        if fields.sign:  # of their windows, the norm sees the largest magnitude
-            x = x.clone()
-            _sign_channels(x, fields).abs_()
-            fields = fields._replace(triv=fields.triv + fields.sign, sign=0)
-        rows = torch.maximum(x[:, :, 0::2], x[:, :, 1::2])
-        windows = torch.maximum(rows, _one_column_on(rows, fields, -1))
-        return _norm(windows[..., 0::2]), _norm(windows[..., 1::2])
+    def _larger(self, x: Tensor, y: Tensor) -> Tensor:
+        """The maximum, in sign-flip channels the entry of larger magnitude, and the positive one of +a and -a."""
+        largest = torch.maximum(x, y)
+        if self.in_fields.sign:
+            x, y, signed = (_sign_channels(z, self.in_fields) for z in (x, y, largest))
+            smallest = torch.minimum(x, y)
+            signed.copy_(torch.where(signed < -smallest, smallest, signed))
+        return largest
 
     @torch.no_grad()
     def _begins_odd(self, x: Tensor, even: Tensor, odd: Tensor) -> Tensor:

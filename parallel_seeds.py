@@ -105,11 +105,11 @@ class ParallelRuns:
         """One pass over the training set. Returns the losses (seeds, steps) and how many digits were misclassified (seeds,)."""
         first = self.runs[0]
         config, device, steps = first.config, first.device, first.steps
-        self.optimizer.param_groups[0]["lr"] = config.learning_rate(first.epoch + 1)
         images, labels = first.training_set
         order = torch.stack([torch.randperm(len(labels), generator=run.order) for run in self.runs])
         order = order[:, :steps * config.batch_size].reshape(len(self.runs), steps, config.batch_size).to(device)
         noise = self._draw_noise()
+        deformations = self._draw_deformations()
         losses = torch.zeros(len(self.runs), steps, device=device)
         wrong = torch.zeros(len(self.runs), dtype=torch.long, device=device)
 
@@ -120,16 +120,28 @@ class ParallelRuns:
         seeds = ", ".join(str(run.config.seed) for run in self.runs)
         for step in first.progress(range(steps), seeds):
             self.optimizer.zero_grad()
+            first.set_learning_rate(self.optimizer, step)
             index = order[:, step]
+            batch = images[index]
+            if first.deform:
+                batch = first.deform(batch.flatten(0, 1), deformations[:, step].flatten(0, 1)).view_as(batch)
             buffers = self.buffers | {name: values[:, step] for name, values in noise.items()}
             with _Autocast() if config.precision == "bf16" else contextlib.nullcontext():
-                loss, wrong_of_step = vmap(step_of_one)(self.parameters, buffers, images[index], labels[index])
+                loss, wrong_of_step = vmap(step_of_one)(self.parameters, buffers, batch, labels[index])
             # The sum's gradient with respect to a seed's parameters is that of its own loss.
             loss.sum().backward()
             self.optimizer.step()
             losses[:, step] = loss.detach()
             wrong += wrong_of_step
         return losses, wrong
+
+    def _draw_deformations(self) -> Tensor | None:
+        """An epoch's, (seeds, steps, batch, …), as each run's own generator gives them in training alone."""
+        first = self.runs[0]
+        if first.deform:
+            return torch.stack([
+                torch.stack([run.deform.draw(run.config.batch_size, run.order) for _ in range(run.steps)]) for run in self.runs
+            ])
 
     def _give_dropouts(self) -> dict[str, tuple[torch.Size, torch.dtype, float]]:
         """Make the model's dropouts take their noise. Returns the shape, dtype and p of each one's, by the noise's name."""

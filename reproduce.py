@@ -32,11 +32,12 @@ import torch
 
 from convert_mnist import LENGTH, CommandLine
 from models import MODELS
+from nn_layers import POOLINGS
 from parallel_seeds import ParallelRuns
 from run_folder import BadCheckpoint, Busy, is_percentage, read_json, read_result, read_weights, say, write_json
 from train import (
-    DEFAULTS, REPORTING, TRAIN_MODES, Config, Data, Diverged, Run, add_train_options, describe_environment, error_against_shift,
-    find_data, keep_freed_memory, select_device, trained_model,
+    DEFAULTS, RECIPES, REPORTING, TRAIN_MODES, Config, Data, Diverged, Run, add_train_options, describe_environment,
+    find_data, follow_recipe, keep_freed_memory, predict_at_every_shift, select_device, trained_model,
 )
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -57,6 +58,8 @@ SIGNIFICANCE = 0.01
 # where there is none in 8 cases of 100 instead of 1; of five, in 1.7.
 LEAST_RUNS = 5
 
+LISTED = 100  # changed predictions in a row of error_against_shift.json
+
 # What a run's name tells in any case.
 NAMED = ("dataset", "model", "train_mode", "seed")
 OTHER_DEFAULTS = {"eval_freq": 0, "tensorboard": False}  # than train.py's
@@ -67,9 +70,18 @@ def changed_settings(config: Config) -> dict:
     return {name: value for name, value in config.protocol().items() if name not in NAMED + REPORTING and value != DEFAULTS[name]}
 
 
+def short_settings(config: Config) -> dict:
+    """`changed_settings`, with a recipe's name in place of its settings."""
+    changed = changed_settings(config)
+    for recipe, settings in RECIPES.items():
+        if settings and settings.items() <= changed.items():
+            return {"recipe": recipe} | {name: value for name, value in changed.items() if name not in settings}
+    return changed
+
+
 def run_name(config: Config) -> str:
     """Of a run's files."""
-    changed = "".join(f"-{name}_{value}" for name, value in changed_settings(config).items())
+    changed = "".join(f"-{name}_{value}" for name, value in short_settings(config).items())
     return re.sub(r"[^\w.-]", "_", f"{config.digits}-{config.model}-{config.train_mode}-seed{config.seed}{changed}")
 
 
@@ -412,7 +424,7 @@ def _markdown(rows: list[list[str]]) -> str:
 def _csv(cells: list[Cell], config: Config) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    settings = " ".join(f"{name}={value}" for name, value in changed_settings(config).items())
+    settings = " ".join(f"{name}={value}" for name, value in short_settings(config).items())
     columns = "digits settings model train_mode test_digits n missing mean std paper_mean paper_std paper_n p differs"
     writer.writerow(columns.split())
     for cell in cells:
@@ -427,7 +439,7 @@ def _csv(cells: list[Cell], config: Config) -> str:
 def _remarks(study: Study, cells: list[Cell]) -> list[str]:
     """What a reader of the table has to know besides."""
     remarks, config = [], study.configs[0]
-    changed = ({"data": Path(config.data).name} if config.data else {}) | changed_settings(config)
+    changed = ({"data": Path(config.data).name} if config.data else {}) | short_settings(config)
     if changed:
         remarks.append("Not the paper's protocol: " + ", ".join(f"{name} {value}" for name, value in changed.items()))
     missing = sum(len(cell.missing) for cell in cells)
@@ -477,7 +489,10 @@ def check_weights(study: Study) -> None:
 
 
 def measure_error_against_shift(study: Study, data: Data, device: torch.device) -> Path:
-    """Test the study's networks on digits moved by each isometry; in error_against_shift.json, those that are there are kept.
+    """Test the study's networks, in float32, on digits moved by each isometry; in error_against_shift.json, those that are there are kept.
+
+    A row has the errors in % at each shift; how many predictions there are (digits times shifts), how many of them changed from
+    the one at shift 0, and the first few of those that did, as [shift, digit].
 
     Returns:
         The file's path.
@@ -493,14 +508,23 @@ def measure_error_against_shift(study: Study, data: Data, device: torch.device) 
         name = run_name(config)
         if all(row["run"] != name for row in rows):
             weights = study.folder(config) / "weights.pt"
-            model = trained_model(config.model, read_weights(weights), weights)
-            errors = error_against_shift(model.to(device), data.splits["test_centered"], config.precision)
-            rows.append({"run": name, "model": config.model, "train_mode": config.train_mode, "seed": config.seed,
-                         "precision": config.precision, "sha256": data.sha256, "environment": describe_environment(device),
-                         "errors": errors})
+            model = trained_model(config, read_weights(weights), weights)
+            images, labels = data.splits["test_centered"]
+            predictions = predict_at_every_shift(model.to(device), images)
+            errors = (100 * (predictions != labels).double().mean(1)).tolist()
+            changed = (predictions != predictions[0]).nonzero().tolist()
+            rows.append({"run": name, "model": config.model, "pooling": config.pooling, "train_mode": config.train_mode,
+                         "seed": config.seed, "precision": config.precision, "sha256": data.sha256, "environment": describe_environment(device), "errors": errors,
+                         "predictions": predictions.numel(), "changed": len(changed), "first_changed": changed[:LISTED]})
             write_json(path, {"shifts": list(range(2 * LENGTH)), "rows": rows})
-            say(f"{name}: {min(errors):.2f} to {max(errors):.2f} %")
+            say(f"{name}: {min(errors):.2f} to {max(errors):.2f} %, {consistency(rows[-1])} of the predictions as at shift 0")
     return path
+
+
+def consistency(row: dict) -> str:
+    """Share of predictions that equal those at shift 0; 100 % only where all do."""
+    share = 100 * (1 - row["changed"] / row["predictions"])
+    return "100 %" if not row["changed"] else f"{min(share, 99.9999):.4f} %"
 
 
 def read_error_against_shift(path) -> list[dict]:
@@ -519,6 +543,9 @@ def _is_row(row) -> bool:
         isinstance(row, dict)
         and isinstance(row.get("run"), str) and isinstance(row.get("sha256"), str)
         and row.get("model") in list(MODELS) and row.get("train_mode") in TRAIN_MODES
+        # Before there was a choice of pooling, these were not told.
+        and row.get("pooling", "fixed") in POOLINGS
+        and all(isinstance(row.get(key, 1), int) for key in ("changed", "predictions")) and 0 <= row.get("changed", 1) <= row.get("predictions", 1)
         and isinstance(row.get("errors"), list) and len(row["errors"]) == 2 * LENGTH and all(map(is_percentage, row["errors"]))
     )
 
@@ -557,7 +584,7 @@ def plan(options: dict, bar: bool = True) -> tuple[Study, list[list[Config]]]:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if results == "":
         raise ValueError("results must be a path, got ''")
-    options = OTHER_DEFAULTS | options
+    options = OTHER_DEFAULTS | follow_recipe(options)
     groups = [
         [Config(model=model, train_mode=mode, seed=seed, **options) for seed in range(first, min(first + parallel, runs))]
         for first in range(0, runs, parallel) for mode in dict.fromkeys(train_modes) for model in dict.fromkeys(models)

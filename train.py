@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, Split, convert
+from convert_mnist import FROM_MNIST, LENGTH, SCALAR, SOURCES, CommandLine, Split, convert
 from data_loader import batches, load_dataset
+from deformation import RandomDeformation
 from fields import as_integer, isometry_action
 from models import MODELS, build_model, count_parameters
 from nn_layers import POOLINGS
@@ -42,6 +43,7 @@ TRAIN_MODES = ("centered", "shifted")
 TEST_MODES = ("shifted", "centered", "both")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
+LR_SCHEDULES = ("step", "cosine")
 EVAL_BATCH_SIZE = 500
 
 LATEST = object()  # --resume without a folder
@@ -66,7 +68,9 @@ class Config:
     num_epochs: at least 1.
     batch_size: at least 2, for batch normalisation, and at most the number of training digits.
     weight_decay: L2, Adam's own, on all parameters.
-    lr, lr_decay_period, lr_decay_factor: the learning rate is divided by the factor after every so many epochs (0: never).
+    lr_schedule: 'step': the learning rate lr is divided by lr_decay_factor after every lr_decay_period epochs (0: never);
+        'cosine': it falls to 0 in half a wave. Before, it rises to lr in warmup_epochs.
+    deformation: strength of the random deformations of training digits, in pixels; see `deformation.RandomDeformation`.
     eval_freq: test after every so many epochs (0: only at the end).
     seed: of initialisation, order and dropout.
     device: 'auto' is cuda where there is one.
@@ -85,6 +89,9 @@ class Config:
     lr: float = 5e-3
     lr_decay_period: int = 4
     lr_decay_factor: float = 2
+    lr_schedule: str = "step"
+    warmup_epochs: int = 0
+    deformation: float = 0.0
     eval_freq: int = 1
     dataset: str = "mnist"
     data: str | None = None
@@ -101,16 +108,16 @@ class Config:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
         for name, allowed in (("model", MODELS), ("pooling", POOLINGS), ("train_mode", TRAIN_MODES), ("test_mode", TEST_MODES),
-                              ("dataset", SOURCES), ("device", DEVICES), ("precision", PRECISIONS)):
+                              ("lr_schedule", LR_SCHEDULES), ("dataset", SOURCES), ("device", DEVICES), ("precision", PRECISIONS)):
             require(name, getattr(self, name) in list(allowed), f"one of {', '.join(allowed)}")
-        for name in ("num_epochs", "batch_size", "lr_decay_period", "eval_freq", "seed"):
+        for name in ("num_epochs", "batch_size", "lr_decay_period", "warmup_epochs", "eval_freq", "seed"):
             as_integer(getattr(self, name), name)
-        for name in ("weight_decay", "lr", "lr_decay_factor"):
+        for name in ("weight_decay", "lr", "lr_decay_factor", "deformation"):
             require(name, isinstance(getattr(self, name), (int, float)), "a number")
         for name in ("data", "mnist_root", "log_dir"):
             value = getattr(self, name)
             require(name, isinstance(value, str) and value != "" or value is None and name != "log_dir", "a path")
-        require("mnist_root", self.mnist_root is None or self.dataset == "mnist", f"left out with dataset {self.dataset}")
+        require("mnist_root", self.mnist_root is None or self.dataset in FROM_MNIST, f"left out with dataset {self.dataset}")
         require("num_epochs", self.num_epochs >= 1, "at least 1")
         require("batch_size", self.batch_size >= 2, "at least 2 (batch normalisation needs two)")
         # Far beyond use, and early enough to keep Adam's step a float.
@@ -118,12 +125,21 @@ class Config:
         require("lr", 0 < self.lr < 1e30, "a positive number below 1e30")
         require("lr_decay_period", self.lr_decay_period >= 0, "at least 0 (0: never)")
         require("lr_decay_factor", 1 <= self.lr_decay_factor < math.inf, "a number of at least 1")
+        for name in ("lr_decay_period", "lr_decay_factor"):
+            require(name, self.lr_schedule == "step" or getattr(self, name) == DEFAULTS[name], f"left out with lr_schedule {self.lr_schedule}")
+        require("warmup_epochs", 0 <= self.warmup_epochs < self.num_epochs, "at least 0 and below num_epochs")
+        require("deformation", 0 <= self.deformation <= LENGTH / 4, f"a number of pixels, 0 … {LENGTH // 4}")
         require("eval_freq", self.eval_freq >= 0, "at least 0 (0: only at the end)")
         require("seed", 0 <= self.seed < 2**63, "0 … 2**63 - 1")
 
-    def learning_rate(self, epoch: int) -> float:
-        """In the given epoch, counted from 1: the whole schedule, so that it has no state."""
-        decays = (epoch - 1) // self.lr_decay_period if self.lr_decay_period else 0
+    def learning_rate(self, time: float) -> float:
+        """After so many epochs, finished parts of one included: the whole schedule, so that it has no state."""
+        if time < self.warmup_epochs:
+            return self.lr * time / self.warmup_epochs
+        if self.lr_schedule == "cosine":
+            part = (time - self.warmup_epochs) / (self.num_epochs - self.warmup_epochs)
+            return self.lr * (1 + math.cos(math.pi * part)) / 2
+        decays = int(time) // self.lr_decay_period if self.lr_decay_period else 0
         return self.lr * (1 / self.lr_decay_factor) ** decays
 
     def protocol(self) -> dict:
@@ -279,6 +295,7 @@ class Run:
         self.random = self.global_random_states()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.steps = len(self.training_set.labels) // config.batch_size  # of an epoch
+        self.deform = RandomDeformation(config.deformation, device=self.device) if config.deformation else None
         self.result = {
             "status": "running",
             "config": config.protocol(),
@@ -369,7 +386,7 @@ class Run:
             OSError: if the folder cannot be written any more.
         """
         config, result, epoch = self.config, self.result, self.epoch + 1
-        record = {"epoch": epoch, "lr": config.learning_rate(epoch), "train_loss": train_loss, "train_error": train_error}
+        record = {"epoch": epoch, "lr": config.learning_rate(epoch - 0.5), "train_loss": train_loss, "train_error": train_error}
         if epoch == config.num_epochs or (config.eval_freq and epoch % config.eval_freq == 0):
             for version, test_set in self.test_sets.items():
                 loss, error = evaluate(self.model, test_set, config.precision)
@@ -451,11 +468,13 @@ class Run:
         """One pass over the training set. Returns the mean loss and the error in %, both in training mode."""
         config = self.config
         self.set_global_random_states()
-        self.optimizer.param_groups[0]["lr"] = config.learning_rate(self.epoch + 1)
         self.model.train()
         losses = torch.zeros(self.steps, device=self.device)
         wrong = torch.zeros((), dtype=torch.long, device=self.device)
         for step, (images, labels) in enumerate(self.progress(batches(self.training_set, config.batch_size, self.order))):
+            self.set_learning_rate(self.optimizer, step)
+            if self.deform:
+                images = self.deform(images, self.deform.draw(len(images), self.order))
             self.optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 logits = self.model(images)
@@ -469,6 +488,10 @@ class Run:
                 self.check_finite(losses[:step + 1])
         self.random = self.global_random_states()
         return losses.mean().item(), 100 * wrong.item() / (self.steps * config.batch_size)
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Of the step with this number, from 0, in the running epoch; taken in the step's middle."""
+        optimizer.param_groups[0]["lr"] = self.config.learning_rate(self.epoch + (step + 0.5) / self.steps)
 
     def progress(self, steps: Iterable, seeds: str = "") -> Iterable:
         """The steps of an epoch, counted on the terminal."""
@@ -544,16 +567,33 @@ def evaluate(model: nn.Module, split: Split, precision: str = "fp32") -> tuple[f
     return loss.item() / n, 100 * wrong.item() / n
 
 
-def error_against_shift(model: nn.Module, centered: Split, precision: str = "fp32") -> list[float]:
-    """Error in % of a model on digits moved by each of the strip's 2L isometries, from shift 0 to 2L - 1."""
-    errors = []
+@torch.no_grad()
+def predict_at_every_shift(model: nn.Module, images: Tensor) -> Tensor:
+    """Classes that a model predicts for images moved by each of the strip's 2L isometries, int64 (2L, n).
+
+    In float32: bfloat16 would change predictions by itself. The model is left in eval mode.
+    """
+    model.eval()
+    predictions = []
     for shift in range(2 * LENGTH):
-        shifted = Split(isometry_action(centered.images, shift, SCALAR), centered.labels)
-        errors.append(evaluate(model, shifted, precision)[1])
-    return errors
+        moved = isometry_action(images, shift, SCALAR)
+        predictions.append(torch.cat([model(part).argmax(1) for part in moved.split(EVAL_BATCH_SIZE)]))
+    return torch.stack(predictions)
 
 
 DEFAULTS = {field.name: field.default for field in dataclass_fields(Config) if field.name != "model"}
+
+# Settings under one name, for --recipe.
+RECIPES = {
+    "paper": {},
+    "improved": {"pooling": "polyphase", "batch_size": 64, "lr": 2e-3, "lr_schedule": "cosine", "warmup_epochs": 1, "deformation": 1.0},
+}
+
+
+def follow_recipe(options: dict) -> dict:
+    """Options with a recipe's settings for what is not among them, in place of its name."""
+    options = dict(options)
+    return RECIPES[options.pop("recipe", "paper")] | options
 
 
 def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> None:
@@ -567,6 +607,12 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
                 text += f" ({shown})"
             parser.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **kwargs)
 
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default=argparse.SUPPRESS,
+        help="other defaults for some of the options below: " + "; ".join(
+            f"{recipe}: " + (" ".join(f"--{name} {value}" for name, value in settings.items()) or "none")
+            for recipe, settings in RECIPES.items()) + " (paper)",
+    )
     add("model", "one of the seven", choices=MODELS, metavar="{" + ",".join(MODELS) + "}")
     add("pooling", "grid of the pooling windows: as published, or chosen by the data", choices=POOLINGS)
     add("train_mode", "version of the training digits", choices=TRAIN_MODES)
@@ -577,6 +623,9 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
     add("lr", "learning rate", type=float, metavar="X")
     add("lr_decay_period", "divide the learning rate after every N epochs, 0: never", type=int, metavar="N")
     add("lr_decay_factor", "by this", type=float, metavar="X")
+    add("lr_schedule", "of the learning rate: by steps, or cosine, to 0", choices=LR_SCHEDULES)
+    add("warmup_epochs", "epochs in which the learning rate rises first", type=int, metavar="N")
+    add("deformation", "strength of random deformations of training digits, in pixels", type=float, metavar="X")
     add("eval_freq", "test after every N epochs, 0: only at the end", type=int, metavar="N")
     add("dataset", "digits; where their npz is not in data/ yet, it is made", choices=SOURCES)
     add("data", "an npz to use instead", metavar="FILE")
@@ -652,13 +701,13 @@ def _latest_run(config: Config) -> Run:
     return Run(config, data=data)
 
 
-def trained_model(name: str, weights: dict, file, **kwargs) -> nn.Module:
-    """The model of that name with the weights that `file` holds. Raises ValueError naming it if they do not fit."""
-    model = build_model(name, **kwargs)
+def trained_model(config: Config, weights: dict, file) -> nn.Module:
+    """The model of a run with the weights that `file` holds. Raises ValueError naming it if they do not fit."""
+    model = build_model(config.model, pooling=config.pooling)
     try:
         model.load_state_dict(weights)
     except Exception as error:  # a well-formed file may hold anything
-        raise ValueError(f"{file} does not hold the weights of {name}") from error
+        raise ValueError(f"{file} does not hold the weights of {config.model}") from error
     return model
 
 
@@ -691,7 +740,7 @@ def evaluate_checkpoint(file, options: dict) -> str:
     else:
         config = Config(**options)
     device = select_device(config.device)
-    model = trained_model(config.model, weights, file, pooling=config.pooling)
+    model = trained_model(config, weights, file)
     data = find_data(config, device)
     model.to(device)
     errors = []
@@ -713,6 +762,7 @@ def main(argv=None) -> None:
     try:
         if eval_only:
             return say(evaluate_checkpoint(checkpoint, options))
+        options = follow_recipe(options)
         run = Run(Config(**options)) if resume is None else resumed_run(resume, options)
     except (ValueError, OSError, Busy) as error:
         parser.error(error)

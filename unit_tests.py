@@ -46,6 +46,7 @@ import torch.nn.utils.prune
 import benchmark
 import convert_mnist
 import data_loader
+import deformation
 import parallel_seeds
 import reproduce
 import run_folder
@@ -55,7 +56,7 @@ import visualize
 from fast_path import is_plain
 from fields import Fields, PlanarFields, adjacent_channels, arrange_channels, as_fields, gauge_transform, isometry_action
 from models import CNN, MODELS, MODES, MobiusGaugeCNN, build_model, count_parameters, export
-from nn_layers import POOLINGS, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad, transport_pad
+from nn_layers import POOLINGS, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad, _norm, transport_pad
 
 ROOT = Path(__file__).resolve().parent
 DOUBLE = torch.float64
@@ -575,7 +576,7 @@ class TestPolyphasePooling(Case):
     def phase(x, fields) -> torch.Tensor:
         """0 or 1 of each sample: which grid its windows are on. From outside it cannot always be seen: both can give the same."""
         pool = MobiusPool(fields, "polyphase")
-        return pool._begins_odd(x, *pool._norms(x)).long()
+        return pool._begins_odd(x, *map(_norm, pool._phases(x))).long()
 
     def assertEquivariant(self, x, fields, gauge=True):
         """Under each of the isometries, sample by sample as the docstring of MobiusPool says, and under gauge transformations."""
@@ -624,7 +625,7 @@ class TestPolyphasePooling(Case):
     def test_ties(self):
         for fields in FIELDS:
             x = self.sparse(fields)
-            even, odd = MobiusPool(fields, "polyphase")._norms(x)
+            even, odd = map(_norm, MobiusPool(fields, "polyphase")._phases(x))
             self.assertGreater((even == odd).sum(), 5)
             for scale in (1, 0.3):  # with it, the sum of the same squares depends on their order
                 self.assertEquivariant(scale * x, fields)
@@ -1570,8 +1571,15 @@ class TestConvertMNIST(FilesCase):
                     images = arrays[f"{split}-images-idx3-ubyte"][:n, None] / np.float32(255)
                     self.assertTrue(np.array_equal(npz[f"{name}_data_centered"], images))
                     self.assertTrue(np.array_equal(npz[f"{name}_labels"], arrays[f"{split}-labels-idx1-ubyte"][:n]))
+        path = convert_mnist.convert("mnist_validation", self.folder / "validation.npz", mnist_root=self.folder, train_size=50)
+        with np.load(path, allow_pickle=False) as npz:  # nothing of the test set
+            for name, digits in (("train", slice(50)), ("test", slice(20_000, 30_000))):
+                images = arrays["train-images-idx3-ubyte"][digits, None] / np.float32(255)
+                self.assertTrue(np.array_equal(npz[f"{name}_data_centered"], images))
+                self.assertTrue(np.array_equal(npz[f"{name}_labels"], arrays["train-labels-idx1-ubyte"][digits]))
         for bad in (0, 60_001):
             self.assertFails(convert_mnist.main, "--train_size", bad, contains=["train_size", "1 … 60000", str(bad)])
+        self.assertFails(convert_mnist.main, "--source", "mnist_validation", "--train_size", 20_001, contains=["1 … 20000", "20001"])
 
     def test_mnist_that_is_not_there(self):
         line = self.assertFails(convert_mnist.main, "--mnist_root", self.folder, contains=[str(self.folder), "--mnist_root"])
@@ -1948,6 +1956,7 @@ class TestTrain(RunsCase):
         self.assertEqual(vars(config), vars(config) | {
             "train_mode": "centered", "test_mode": "both", "num_epochs": 20, "batch_size": 128, "weight_decay": 1e-6, "lr": 5e-3,
             "lr_decay_period": 4, "lr_decay_factor": 2, "eval_freq": 1, "dataset": "mnist", "device": "auto", "precision": "fp32",
+            "pooling": "fixed", "lr_schedule": "step", "warmup_epochs": 0, "deformation": 0,
         })
 
     def test_the_run_is_what_was_asked_for(self):
@@ -2048,6 +2057,50 @@ class TestTrain(RunsCase):
         self.assertEqual(rates(lr=0.008, lr_decay_period=1), [0.008, 0.004, 0.002, 0.001])
         self.assertEqual(rates(lr=0.01, lr_decay_period=2, lr_decay_factor=10), [0.01, 0.01, 0.001, 0.001])
         self.assertEqual(rates(lr_decay_period=0), [0.005] * 4)
+        self.assertEqual(rates(lr=0.008, warmup_epochs=2, lr_decay_period=3), [0.002, 0.006, 0.008, 0.004])
+        half_wave = [0.01 * (1 + math.cos(math.pi * part)) / 2 for part in (1 / 6, 3 / 6, 5 / 6)]
+        for rate, expected in zip(rates(lr=0.01, lr_schedule="cosine", warmup_epochs=1), [0.005, *half_wave], strict=True):
+            self.assertAlmostEqual(rate, expected)
+
+    def test_learning_rate_of_each_step(self):
+        seen = []
+        run = train.Run(self.config(lr=0.01, lr_schedule="cosine", warmup_epochs=1, batch_size=16))
+        with contextlib.closing(run), mock.patch.object(run.optimizer, "step", lambda: seen.append(run.optimizer.param_groups[0]["lr"])):
+            run.train()
+        self.assertEqual(seen, [run.config.learning_rate((step + 0.5) / run.steps) for step in range(2 * run.steps)])
+        self.assertEqual(seen.index(max(seen)), run.steps)  # the first after warm-up
+        self.assertLess(seen[-1], 0.01 * (math.pi / 2 / run.steps) ** 2)
+
+    def test_deformed_digits(self):
+        """Those of each batch are deformed anew, with coefficients that come with the order; for the test they stay as they are."""
+        run = train.Run(self.config(deformation=1.5, batch_size=16))
+        digits, order, seen = run.training_set.images, torch.Generator().manual_seed(run.config.seed), []
+        with contextlib.closing(run), mock.patch.object(run.model, "forward", side_effect=run.model.forward) as forward:
+            run.train()
+        tested = sum(-(-len(split.labels) // train.EVAL_BATCH_SIZE) for split in run.test_sets.values())
+        seen = [call.args[0] for call in forward.call_args_list]
+        self.assertEqual(len(seen), 2 * (run.steps + tested))
+        for epoch in range(2):
+            index = torch.randperm(len(digits), generator=order)
+            for step in range(run.steps):
+                batch = digits[index[16 * step:16 * (step + 1)]]
+                self.assertNotClose(seen[0], batch)
+                self.assertTrue(torch.equal(seen.pop(0), run.deform(batch, run.deform.draw(16, order))))
+            for split in run.test_sets.values():
+                self.assertTrue(torch.equal(seen.pop(0), split.images))
+
+    def test_recipe(self):
+        options = vars(train.command_line().parse_args(["--model", "mobius_regular", "--recipe", "improved", "--lr", "0.1"]))
+        self.assertEqual({name: options[name] for name in ("model", "recipe", "lr")}, {"model": "mobius_regular", "recipe": "improved", "lr": 0.1})
+        followed = train.follow_recipe({"model": "mobius_regular", "recipe": "improved", "lr": 0.1})
+        self.assertEqual(followed, train.RECIPES["improved"] | {"model": "mobius_regular", "lr": 0.1})
+        self.assertEqual(train.follow_recipe({"seed": 1, "recipe": "paper"}), {"seed": 1})
+        self.main(train, *self.options("--recipe", "improved", "--batch_size", "16", "--num_epochs", "2"))
+        (path,) = (self.folder / "logs").glob("*/result.json")
+        stored = json.loads(path.read_text())["config"]
+        self.assertEqual(stored, stored | train.RECIPES["improved"] | {"batch_size": 16})
+        self.assertFails(train.main, "--eval_only", "--checkpoint", path.parent, "--recipe", "improved", contains=["leave out --recipe"])
+        self.assertIn("after 2 epochs", self.main(train, "--eval_only", "--checkpoint", path.parent))
 
     def test_evaluation(self):
         result, _, _ = self.train(num_epochs=3, eval_freq=2, test_mode="centered")
@@ -2176,6 +2229,14 @@ class TestTrain(RunsCase):
             (["--weight_decay", "nan"], ["weight_decay"]),
             (["--num_epochs", "0"], ["num_epochs", "at least 1"]),
             (["--lr_decay_period", "-1"], ["lr_decay_period"]),
+            (["--lr_decay_period", "2", "--lr_schedule", "cosine"], ["lr_decay_period", "left out with lr_schedule cosine"]),
+            (["--recipe", "improved", "--lr_decay_factor", "3"], ["lr_decay_factor", "left out with lr_schedule cosine"]),
+            (["--recipe", "best"], ["--recipe", "improved"]),
+            (["--pooling", "max"], ["--pooling", "polyphase"]),
+            (["--warmup_epochs", "2"], ["warmup_epochs", "below num_epochs"]),
+            (["--warmup_epochs", "-1"], ["warmup_epochs", "at least 0"]),
+            (["--deformation", "-0.5"], ["deformation", "0 … 7"]),
+            (["--deformation", "nan"], ["deformation", "0 … 7"]),
             (["--lr_decay_factor", "0.5"], ["lr_decay_factor", "at least 1"]),
             (["--eval_freq", "-1"], ["eval_freq"]),
             (["--seed", "-1"], ["seed", "-1"]),
@@ -2226,9 +2287,10 @@ class TestCheckpoints(RunsCase):
 
     def test_resume_is_exact(self):
         write_npz(self.data, 32, 16)
-        for options in ({"model": "mobius_mixed"}, {"precision": "bf16", "eval_freq": 2}):
+        for options in ({"model": "mobius_mixed", "lr_decay_period": 1},
+                        {"precision": "bf16", "eval_freq": 2, **train.RECIPES["improved"]}):
             options["batch_size"] = 16
-            config = self.config(num_epochs=4, lr_decay_period=1, **options)
+            config = self.config(num_epochs=4, **options)
             expected = self.finish(config)
             folder = self.finish(config, stop_after=1)
             for epoch in (2, None):
@@ -2237,7 +2299,7 @@ class TestCheckpoints(RunsCase):
             stored = self.assertSameRun(folder, expected)
             self.assertEqual([session["after_epoch"] for session in stored["resumed"]], [1, 2])
             # Another seed is another run: the comparison can fail.
-            other = self.finish(self.config(num_epochs=4, lr_decay_period=1, **options | {"seed": 8}))
+            other = self.finish(self.config(num_epochs=4, **options | {"seed": 8}))
             with self.assertRaises(AssertionError):
                 self.assertSameRun(folder, other)
 
@@ -2468,23 +2530,113 @@ class TestCheckpoints(RunsCase):
         self.assertFails(train.main, *self.options("--checkpoint", folder / "checkpoint.pt"), contains="--eval_only")
         self.assertEqual(self.files(), before)
 
-    def test_error_against_shift(self):
-        """Each error is that of digits moved one by one; a gauge CNN's repeats every 4 columns."""
+    def test_predict_at_every_shift(self):
+        """Those of digits moved one by one; a gauge CNN's repeat every 4 columns, with polyphase pooling in all."""
         test = data_loader.load_dataset(self.data)["test_centered"]
         model = randomized(build_model("mobius_regular"))
-        errors = train.error_against_shift(model, test)
-        self.assertEqual(len(errors), 56)
+        predictions = train.predict_at_every_shift(model, test.images)
+        self.assertEqual(predictions.shape, (56, len(test.labels)))
         for shift in (0, 3, 28, 55):
             moved = data_loader.Split(isometry_action(test.images, shift, (1, 0, 0)), test.labels)
-            self.assertEqual(errors[shift], train.evaluate(model, moved)[1])
+            self.assertAlmostEqual(100 * (predictions[shift] != test.labels).double().mean().item(), train.evaluate(model, moved)[1])
         for phase in range(4):
-            self.assertEqual(len(set(errors[phase::4])), 1)
-        cnn = randomized(build_model("cnn_same_params"))
+            self.assertTrue((predictions[phase::4] == predictions[phase]).all())
+        ours = build_model("mobius_regular", pooling="polyphase")
+        ours.load_state_dict(model.state_dict())
+        predictions = train.predict_at_every_shift(ours, test.images)
+        self.assertTrue((predictions == predictions[0]).all())
+        cnn = randomized(build_model("cnn_same_params", pooling="polyphase"))
         with torch.no_grad():
             cnn.classifier[7].bias.zero_()
             logits = cnn.eval()(test.images)
             cnn.classifier[7].bias.copy_(-logits.mean(0))  # or it sees the same class in everything
-        self.assertGreater(len(set(train.error_against_shift(cnn, test)[::4])), 1)
+        predictions = train.predict_at_every_shift(cnn, test.images)
+        self.assertFalse((predictions[::4] == predictions[0]).all())
+
+
+# ======================================================================================================
+# deformation.py
+
+
+class TestDeformation(Case):
+    def test_displace(self):
+        """Whole pixels: each shows its neighbour; over the cut the reflected one, beyond the edges nothing. Halves: the mean."""
+        x = torch.rand(2, 1, 4, 6, dtype=DOUBLE)
+        def at(along, across):
+            return deformation.displace(x, *(torch.full((2, 4, 6), float(d), dtype=DOUBLE) for d in (along, across)))
+
+        for shift in (-6, -2, 0, 1, 5):
+            self.assertClose(at(shift, 0), isometry_action(x, -shift, (1, 0, 0)))
+        self.assertClose(at(0, 1), torch.cat([x[:, :, 1:], 0 * x[:, :, :1]], dim=2))
+        self.assertClose(at(0, -3), torch.cat([torch.zeros(2, 1, 3, 6, dtype=DOUBLE), x[:, :, :1]], dim=2))
+        self.assertClose(at(0.5, 0), (x + isometry_action(x, -1, (1, 0, 0))) / 2)
+
+    def test_fields_on_the_strip(self):
+        """Continued over the cut, each displacement is itself again: as a scalar along the strip, as a sign-flip field across it."""
+        deform = deformation.RandomDeformation(1.0, 1.5, size=(5, 8))
+        long = deformation.RandomDeformation(1.0, 1.5, size=(5, 8))
+        columns = torch.arange(-8, 16) + 0.5
+        phases = math.pi * torch.arange(len(long._along) // 2)[:, None] * columns / 8
+        long._along = torch.cat([phases.cos(), phases.sin()])
+        coefficients = deform.draw(3, torch.Generator().manual_seed(0))
+        along, across = deform.displacements(coefficients)
+        self.assertNotClose(along, 0 * along)
+        cover = torch.stack(long.displacements(coefficients), dim=1).double()
+        expected = reference_cover(torch.stack([along, across], dim=1).double(), (1, 1, 0), -8, 16)
+        self.assertClose(cover, expected, tolerance=1e-5)
+        with self.assertRaises(AssertionError):
+            self.assertClose(cover, reference_cover(torch.stack([along, across], dim=1).double(), (2, 0, 0), -8, 16), tolerance=1e-5)
+
+    def test_isometries_of_digits_and_deformations(self):
+        x = torch.rand(2, 1, 6, 8, dtype=DOUBLE)
+        fields = torch.randn(2, 2, 6, 8, dtype=DOUBLE)
+        y = deformation.displace(x, *fields.unbind(1))
+        for shift in all_shifts(8):
+            moved = isometry_action(fields, shift, (1, 1, 0))
+            self.assertClose(deformation.displace(isometry_action(x, shift, (1, 0, 0)), *moved.unbind(1)), isometry_action(y, shift, (1, 0, 0)))
+
+    def test_strength_and_smoothness(self):
+        for strength, smoothness in ((1.0, 5.0), (2.0, 3.0)):
+            deform = deformation.RandomDeformation(strength, smoothness)
+            fields = torch.stack(deform.displacements(deform.draw(4000, torch.Generator().manual_seed(0))))
+            for component in fields:
+                self.assertAlmostEqual(component.square().mean().sqrt().item(), strength, delta=0.03 * strength)
+                self.assertAlmostEqual(component.mean().item(), 0, delta=0.05 * strength)
+                # The same all along the strip.
+                at_columns = component.square().mean((0, 1)).sqrt()
+                self.assertLess((at_columns - strength).abs().max().item(), 0.06 * strength)
+            # White noise smoothed by a Gaussian is correlated as exp(-(distance / 2 sigma)^2).
+            along, across = fields[:, :, 14]
+            for distance in (2, 4, 7):
+                correlation = (across[:, 5] * across[:, 5 + distance]).mean() / across.square().mean()
+                self.assertAlmostEqual(correlation.item(), math.exp(-((distance / (2 * smoothness)) ** 2)), delta=0.12)
+
+    def test_digits_stay_where_they_are(self):
+        """Along the strip, wherever they lie on it; without the correction they do not."""
+        digits = convert_mnist.load_digits()[0].images[:200]
+        shifts = torch.randint(56, (200,), generator=torch.Generator().manual_seed(0))
+        deform = deformation.RandomDeformation(1.0)
+        coefficients = deform.draw(200, torch.Generator().manual_seed(1))
+
+        def moved(before, after):
+            return (deformation.centre(after) - deformation.centre(before) + 14) % 28 - 14
+
+        for images in (digits, isometry_action(digits, shifts, (1, 0, 0))):
+            deformed = deform(images, coefficients)
+            self.assertEqual(deformed.shape, images.shape)
+            self.assertTrue((deformed >= 0).all() and (deformed <= 1 + 1e-6).all())
+            self.assertGreater((deformed - images).abs().flatten(1).amax(1).min().item(), 0.2)
+            self.assertLess(moved(images, deformed).abs().mean().item(), 0.05)
+            plain = deformation.displace(images, *deform.displacements(coefficients))
+            self.assertGreater(moved(images, plain).abs().mean().item(), 0.2)
+        blank = deform(torch.zeros(2, 1, 28, 28), coefficients[:2])
+        self.assertTrue(torch.equal(blank, torch.zeros(2, 1, 28, 28)))
+
+    def test_centre(self):
+        x = torch.zeros(1, 1, 4, 10)
+        x[..., 3] = 1
+        for shift in all_shifts(10):
+            self.assertAlmostEqual(deformation.centre(isometry_action(x, shift, (1, 0, 0))).item(), (3.5 + shift) % 10, places=4)
 
 
 # ======================================================================================================
@@ -2536,7 +2688,7 @@ class TestParallelSeeds(RunsCase):
             self.assertSameTree(torch.load(run.folder.path / "weights.pt", weights_only=True), dict(run.model.state_dict()), "weights")
 
     def test_either_goes_on_with_the_other(self):
-        options = {"model": "cnn_same_params", "dtype": DOUBLE, "lr": 1e-4, "num_epochs": 3}
+        options = {"model": "cnn_same_params", "dtype": DOUBLE, "num_epochs": 3} | train.RECIPES["improved"] | {"lr": 1e-4, "batch_size": 4}
         alone = self.runs((0, 1), **options)
         for run in alone:
             run.train()
@@ -2656,11 +2808,21 @@ class TestReproduce(RunsCase):
         self.assertEqual([config.seed for config in study.configs], sorted(config.seed for config in study.configs))
         # Every setting that makes a difference makes another file, whatever its value.
         other = {"num_epochs": 3, "batch_size": 8, "weight_decay": 0.1, "lr": 0.1, "lr_decay_period": 1, "lr_decay_factor": 3,
-                 "precision": "bf16", "test_mode": "shifted", "dataset": "digits"}
+                 "precision": "bf16", "test_mode": "shifted", "dataset": "digits", "pooling": "polyphase", "lr_schedule": "cosine",
+                 "warmup_epochs": 1, "deformation": 0.5}
         self.assertEqual(set(train.Config("mobius_regular").protocol()) - {"model", "train_mode", "seed", "eval_freq"}, set(other))
         configs = [train.Config("mobius_regular", **{key: value}) for key, value in 
                    (other | {"data": "my.npz", "train_mode": "shifted", "seed": 1}).items()]
         self.assertEqual(len({reproduce.run_name(config) for config in (*configs, train.Config("mobius_regular"))}), len(configs) + 1)
+        # A recipe is its settings; in names it stands for them.
+        recipe = train.RECIPES["improved"]
+        config = train.Config("mobius_regular", **recipe | {"precision": "bf16"})
+        self.assertEqual(reproduce.run_name(config), "mnist-mobius_regular-centered-seed0-recipe_improved-precision_bf16")
+        self.assertEqual(reproduce.plan({"runs": 1, "models": ["mobius_regular"], "train_modes": ["centered"], "parallel_seeds": 1, "results": "x",
+                                         "recipe": "improved", "lr": 0.5})[0].configs[0].lr, 0.5)
+        for name, value in recipe.items():
+            near = train.Config("mobius_regular", **recipe | {name: 1e-3 if name == "lr" else train.DEFAULTS[name]})
+            self.assertNotIn("recipe", reproduce.run_name(near))
         for name in ("eval_freq", "device", "log_dir", "tensorboard"):
             config = train.Config("mobius_regular", **{name: {"eval_freq": 3, "device": "cpu", "log_dir": "x", "tensorboard": False}[name]})
             self.assertEqual(reproduce.run_name(config), "mnist-mobius_regular-centered-seed0")
@@ -2905,8 +3067,14 @@ class TestReproduce(RunsCase):
         self.assertEqual(content["shifts"], list(range(56)))
         (row,) = content["rows"]
         (result,) = (json.loads(p.read_text()) for p in self.results().values())
-        self.assertEqual(row["errors"][0], result["test_error"]["centered"])
-        with mock.patch("reproduce.error_against_shift", side_effect=AssertionError):  # it is there already
+        self.assertAlmostEqual(row["errors"][0], result["test_error"]["centered"])
+        self.assertEqual((row["pooling"], row["predictions"]), ("fixed", 56 * self.DIGITS[1]))
+        self.assertEqual(len(row["first_changed"]), min(row["changed"], 100))
+        self.main(reproduce, *options, "--pooling", "polyphase")
+        self.assertIn(", 100 % of the predictions", self.main(reproduce, *options, "--pooling", "polyphase", "--error_against_shift"))
+        row, ours = json.loads(path.read_text())["rows"]
+        self.assertEqual((ours["pooling"], ours["changed"], ours["first_changed"]), ("polyphase", 0, []))
+        with mock.patch("reproduce.predict_at_every_shift", side_effect=AssertionError):  # it is there already
             self.main(reproduce, *options, "--error_against_shift")
         path.write_text("{")
         self.assertFails(reproduce.main, *options, "--error_against_shift", contains=[str(path), "truncated"])
@@ -3011,10 +3179,12 @@ class TestReproduce(RunsCase):
 
 class TestVisualize(FilesCase):
     ROWS = [
-        {"run": "a", "model": "cnn_same_channels", "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [float(1 + shift) for shift in range(56)]},
-        {"run": "b", "model": "cnn_same_channels", "train_mode": "centered", "seed": 1, "sha256": "0", "errors": [float(3 + shift) for shift in range(56)]},
-        {"run": "c", "model": "mobius_regular", "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [1.25] * 56},
+        {"run": "a", "model": "cnn_same_channels", "pooling": "fixed", "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [float(1 + shift) for shift in range(56)]},
+        {"run": "b", "model": "cnn_same_channels", "pooling": "fixed", "train_mode": "centered", "seed": 1, "sha256": "0", "errors": [float(3 + shift) for shift in range(56)]},
+        {"run": "c", "model": "mobius_regular", "pooling": "fixed", "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [1.25] * 56},
+        {"run": "d", "model": "mobius_regular", "pooling": "polyphase", "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [1.5] * 56},
     ]
+    ROWS = [row | {"predictions": 560, "changed": 0} for row in ROWS]
 
     def test_error_against_shift(self):
         """The curves are the means over the seeds."""
@@ -3023,6 +3193,7 @@ class TestVisualize(FilesCase):
         self.assertEqual(curves, {
             "CNN (channels), trained on centered digits": [float(2 + shift) for shift in range(56)],
             "gauge CNN (regular), trained on centered digits": [1.25] * 56,
+            "gauge CNN (regular), polyphase pooling, trained on centered digits": [1.5] * 56,
         })
         self.assertEqual([text.get_text() for text in axes.get_legend().get_texts()], list(curves))
 
@@ -3094,6 +3265,18 @@ class TestBenchmark(FilesCase):
             self.assertGreater(row["peak_memory_mb"], 0)
             self.assertAlmostEqual(row["memory_ratio"], row["peak_memory_mb"] / rows[0]["peak_memory_mb"])
 
+    def test_pooling(self):
+        out = self.folder / "pooling.json"
+        with mock.patch("benchmark.keep_freed_memory"), mock.patch.object(MobiusPool, "_polyphase", autospec=True, side_effect=MobiusPool._polyphase) as used:
+            printed = self.run_main("--pooling", "--models", "mobius_regular", "--precision", "bf16", "--batch_size", 4, "--rounds", 2,
+                                    "--device", "cpu", "--out", out)
+        (row,) = json.loads(out.read_text())["rows"]
+        self.assertEqual(used.call_count, 2 * 2 * 9)  # poolings, tasks, calls in three rounds
+        for task in ("step", "infer"):
+            figures = row[task]
+            self.assertAlmostEqual(figures["ratio"], figures["polyphase"]["median_ms"] / figures["fixed"]["median_ms"])
+            self.assertIn(f"{figures['ratio']:.3f}", printed)
+
     def test_textbook_cnn(self):
         """cnn_same_channels but for the cut: the same shapes, parameters and arithmetic."""
         textbook, cnn = benchmark.TextbookCNN(), build_model("cnn_same_channels")
@@ -3159,7 +3342,7 @@ class TestReadme(FilesCase):
                 names = ", ".join(f"`{name}`" for name in action.option_strings)
                 rows = self.rows(names)
                 self.assertTrue(rows, f"{module.__name__} {names}")
-                default = reproduce.DEFAULTS[action.dest] if action.default is argparse.SUPPRESS and action.dest != "model" else action.default
+                default = (reproduce.DEFAULTS | {"recipe": "paper"}).get(action.dest) if action.default is argparse.SUPPRESS else action.default
                 if type(default) in (int, float, str) and default != argparse.SUPPRESS and action.dest != "results":
                     shown = [row[1].strip("`") for row in rows]
                     self.assertTrue(any(value == str(default) or value.replace(".", "", 1).replace("e-", "", 1).isdigit()
@@ -3181,8 +3364,8 @@ class TestReadme(FilesCase):
 
     def test_snippets(self):
         snippets = re.findall(r"```python\n(.*?)```", self.TEXT, re.DOTALL)
-        self.assertEqual(len(snippets), 2)
-        run = self.folder / re.search('run = "(.*)"', snippets[1])[1]
+        self.assertEqual(len(snippets), 3)
+        run = self.folder / re.search('run = "(.*)"', snippets[2])[1]
         run.mkdir(parents=True)
         torch.save(build_model("mobius_regular").state_dict(), run / "weights.pt")
         self.addCleanup(os.chdir, os.getcwd())

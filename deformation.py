@@ -1,0 +1,105 @@
+"""Random smooth deformations of the strip, to augment training digits without moving them along it.
+
+    deform = RandomDeformation(strength=1.0)
+    images = deform(images, deform.draw(len(images), generator))
+
+A deformation takes each pixel's value from a place nearby. Its displacements are a vector field on the strip: seen from
+across the cut, the component along the strip is the same and the one across it is negative, as a trivial and a
+sign-flip field (fields.py). They are Gaussian noise smoothed by a Gaussian, drawn in the eigenfunctions of
+the strip's Laplacian, and so distributed alike all along the strip: isometries of it change nothing.
+
+Source: elastic distortions, Simard, Steinkraus, Platt, *Best practices for convolutional neural networks applied to visual
+document analysis* (2003); here on the Möbius strip, and with the digit's centre kept where it is along it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convert_mnist import LENGTH, SCALAR, WIDTH
+from nn_layers import transport_pad
+
+SMOOTHNESS = 5.0
+
+
+def displace(images: Tensor, along: Tensor, across: Tensor) -> Tensor:
+    """Images whose pixels show what stood displaced from them, interpolated bilinearly.
+
+    Args:
+        images: scalar fields ``(N, 1, W, L)``.
+        along, across: displacements in pixels, ``(N, W, L)``, to larger column and row numbers; those along the strip lead
+            over the cut, at most L columns far, those across it into zeros.
+
+    Returns:
+        Tensor of the images' shape.
+    """
+    width, length = images.shape[2:]
+    pad = min(length, max(1, math.ceil(along.abs().max().item()) + 1))
+    padded = transport_pad(images, pad, SCALAR)
+    rows = torch.arange(width, device=images.device, dtype=images.dtype)[:, None] + pad + across
+    columns = torch.arange(length, device=images.device, dtype=images.dtype) + pad + along
+    # grid_sample counts from -1, the first pixel, to 1, the last one, and in (column, row).
+    grid = torch.stack([2 * columns / (length + 2 * pad - 1), 2 * rows / (width + 2 * pad - 1)], dim=3) - 1
+    return F.grid_sample(padded, grid, mode="bilinear", align_corners=True)
+
+
+def centre(images: Tensor) -> Tensor:
+    """Where along the strip the values are, ``(N,)`` in 0 … L: the mean direction on a circle of L columns, each in its middle."""
+    length = images.shape[3]
+    angles = 2 * math.pi / length * (torch.arange(length, device=images.device, dtype=images.dtype) + 0.5)
+    columns = images.sum((1, 2))
+    return torch.atan2(columns @ angles.sin(), columns @ angles.cos()) * length / (2 * math.pi) % length
+
+
+class RandomDeformation:
+    """Draws deformations and applies them.
+
+    A digit is deformed where it is, not moved along the strip: what a deformation would move its `centre` is taken off.
+    Across the strip it may move too.
+
+    Args:
+        strength: root mean square of either component of the displacement, in pixels, before it is taken off.
+        smoothness: standard deviation of the Gaussian that smooths the noise, in pixels.
+        size: W and L.
+        device: on which images live.
+    """
+
+    def __init__(self, strength: float, smoothness: float = SMOOTHNESS, size: tuple[int, int] = (WIDTH, LENGTH), device="cpu") -> None:
+        width, length = size
+        # Wave numbers, in half waves across the strip (k) and along it (m), up to where smoothing leaves nothing.
+        cutoff = 3 / (2 * math.pi * smoothness)  # in waves a pixel, exp(-9/2)
+        k = torch.arange(math.ceil(2 * width * cutoff) + 1, dtype=torch.float64)[:, None]
+        m = torch.arange(math.ceil(2 * length * cutoff) + 1, dtype=torch.float64)
+        spectrum = torch.exp(-2 * (math.pi * smoothness) ** 2 * ((k / (2 * width)) ** 2 + (m / (2 * length)) ** 2))
+        # Walking once round, m half waves change the sign (-1)^m times, and the flip k of them across the strip (-1)^k times.
+        symmetric = (k + m) % 2 == 0
+        along, across = spectrum * symmetric, spectrum * ~symmetric
+        along[0, 0] = 0  # an isometry
+        norms = torch.where(k > 0, math.sqrt(2), 1.0)  # of cos(pi k w / W); sine and cosine along the strip have 1 together
+        self._scales = torch.stack([strength * part / part.square().sum().sqrt() for part in (along, across)]).float().to(device)
+        w, l = (torch.arange(n, dtype=torch.float64) + 0.5 for n in size)
+        self._across = (norms * torch.cos(math.pi * k * w / width)).float().to(device)  # (K, W)
+        phases = math.pi * m[:, None] * l / length
+        self._along = torch.cat([phases.cos(), phases.sin()]).float().to(device)  # (2 M, L)
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """Standard normal coefficients of n deformations, ``(n, 2, K, 2 M)``, on the generator's device."""
+        _, waves_across, waves_along = self._scales.shape
+        return torch.randn(n, 2, waves_across, 2 * waves_along, generator=generator, device=generator.device)
+
+    def displacements(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """The components along and across the strip, ``(N, W, L)``, in pixels."""
+        scaled = coefficients * torch.cat([self._scales, self._scales], dim=2)
+        return torch.einsum("nikm,kw,ml->inwl", scaled, self._across, self._along).unbind(0)
+
+    def __call__(self, images: Tensor, coefficients: Tensor) -> Tensor:
+        """Deformed images, ``(N, 1, W, L)`` as given, in the same range of values."""
+        length = images.shape[3]
+        along, across = self.displacements(coefficients.to(images.device))
+        before = centre(images)
+        for _ in range(2):  # what is left is below a tenth of a pixel, but for few digits
+            moved = centre(displace(images, along, across)) - before
+            along = along + ((moved + length / 2) % length - length / 2)[:, None, None]
+        return displace(images, along, across)
