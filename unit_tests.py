@@ -2969,8 +2969,8 @@ class TestReproduce(RunsCase):
         """The others are finished all the same, alone or in parallel."""
         build = train.build_model
 
-        def build_bad(name):
-            model = build(name)
+        def build_bad(name, **kwargs):
+            model = build(name, **kwargs)
             if torch.initial_seed() == 1 and name == "mobius_regular":
                 model.classifier[7].bias.data[0] = math.inf
             return model
@@ -3436,8 +3436,44 @@ class TestReadme(FilesCase):
             self.assertEqual(cells[2:], figures, cells)
 
 
+# About half of the time: those that read, write and start processes, beside those that compute.
+APART = ("TestConvertMNIST", "TestCheckpoints", "TestReproduce", "TestBenchmark")
+
+
+def run_in_two_processes() -> bool:
+    """Run all tests, a part of them beside the others, and print what both printed. Returns whether all passed."""
+    cases = [name for name, case in globals().items() if isinstance(case, type) and issubclass(case, unittest.TestCase)
+             and unittest.TestLoader().getTestCaseNames(case)]
+    counts, survived = collections.Counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for i, part in enumerate(([name for name in cases if name not in APART], APART)):
+            output, reliability = Path(folder, f"{i}.txt"), Path(folder, f"{i}.json")
+            environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() // 2)}
+            if os.environ.get("RELIABILITY"):
+                environment["RELIABILITY"] = str(reliability)
+            with open(output, "wb") as file:
+                command = [sys.executable, __file__, *part]
+                processes.append((subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT), output, reliability))
+        for process, output, reliability in processes:
+            process.wait()
+            text = output.read_text(encoding="utf-8", errors="replace")
+            print(text, end="")
+            told = re.findall(r"(\d+) (passed|failed|skipped)", text.splitlines()[-1] if text else "")
+            counts.update({what: int(count) for count, what in told} if told else {"failed": 1})  # or it did not come to its end
+            if reliability.exists():
+                survived.append(json.loads(reliability.read_text()))
+    if survived:
+        run_folder.write_json(os.environ["RELIABILITY"], survived[0] | {
+            "survived": dict(sum((collections.Counter(part["survived"]) for part in survived), collections.Counter()))})
+    print(f"all: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+    return not counts["failed"] and not any(process.returncode for process, _, _ in processes)
+
+
 def main() -> None:
     """Run the tests and close with a line that counts them."""
+    if len(sys.argv) == 1 and (os.cpu_count() or 1) > 1:
+        sys.exit(not run_in_two_processes())
     program = unittest.main(exit=False, warnings="ignore")  # PyTorch's about itself
     result = program.result
     failed = len({getattr(test, "test_case", test) for test, _ in result.failures + result.errors})
