@@ -29,18 +29,19 @@ MODES = {
 }
 
 FEATURES = 64  # invariant features that the convolutions hand to the classifier
+DROPOUT = 0.3
 
 
-def build_classifier(classes: int, factory: dict) -> nn.Sequential:
+def build_classifier(classes: int, factory: dict, dropout: float = DROPOUT) -> nn.Sequential:
     """From 64 invariant features to logits; `factory` holds the keywords ``device`` and ``dtype``."""
     return nn.Sequential(
         nn.BatchNorm1d(FEATURES, **factory),
         nn.ELU(),
-        nn.Dropout(0.3),
+        nn.Dropout(dropout),
         nn.Linear(FEATURES, 32, **factory),
         nn.BatchNorm1d(32, **factory),
         nn.ELU(),
-        nn.Dropout(0.3),
+        nn.Dropout(dropout),
         nn.Linear(32, classes, **factory),
     )
 
@@ -75,6 +76,7 @@ class MobiusGaugeCNN(nn.Module):
         classes: number of logits.
         mode: field types in between, 'scalar', 'signflip', 'regular', 'irrep' or 'mixed'.
         pooling: of `MobiusPool`: 'fixed', as published, or 'polyphase'. The parameters are the same.
+        dropout: probability in the classifier.
         device, dtype: of the parameters.
 
     Shape:
@@ -88,7 +90,7 @@ class MobiusGaugeCNN(nn.Module):
     """
 
     def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, mode: str = "regular",
-                 pooling: str = "fixed", *, device=None, dtype=None) -> None:
+                 pooling: str = "fixed", dropout: float = DROPOUT, *, device=None, dtype=None) -> None:
         super().__init__()
         _check_counts(ch_in=ch_in, classes=classes)
         if mode not in list(MODES):
@@ -113,7 +115,7 @@ class MobiusGaugeCNN(nn.Module):
             conv(f4, f5), nonlin(f5),
             conv(f5, (FEATURES, 0, 0)),
         )
-        self.classifier = build_classifier(classes, factory)
+        self.classifier = build_classifier(classes, factory, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.mobius_cnn(_channels_last(x)).amax(dim=(2, 3)))
@@ -129,6 +131,7 @@ class CNN(nn.Module):
         fix_params: divide the channels by sqrt(2), for about as many parameters as the gauge CNNs have;
             otherwise it has as many channels as they have.
         pooling: of `MobiusPool`: 'fixed', as published, or 'polyphase'.
+        dropout: probability in the classifier.
         device, dtype: of the parameters.
 
     Shape:
@@ -141,7 +144,7 @@ class CNN(nn.Module):
     """
 
     def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, fix_params: bool = False,
-                 pooling: str = "fixed", *, device=None, dtype=None) -> None:
+                 pooling: str = "fixed", dropout: float = DROPOUT, *, device=None, dtype=None) -> None:
         super().__init__()
         _check_counts(ch_in=ch_in, classes=classes)
         factory = {"device": device, "dtype": dtype}
@@ -162,7 +165,7 @@ class CNN(nn.Module):
             *conv(c4, c5), nn.ELU(),
             *conv(c5, FEATURES),
         )
-        self.classifier = build_classifier(classes, factory)
+        self.classifier = build_classifier(classes, factory, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.cnn(_channels_last(x)).amax(dim=(2, 3)))

@@ -35,7 +35,7 @@ from convert_mnist import FROM_MNIST, LENGTH, SCALAR, SOURCES, CommandLine, Spli
 from data_loader import batches, load_dataset
 from deformation import RandomDeformation
 from fields import as_integer, isometry_action
-from models import MODELS, build_model, count_parameters
+from models import DROPOUT, MODELS, build_model, count_parameters
 from nn_layers import POOLINGS
 from run_folder import BadCheckpoint, Busy, RunFolder, new_folder, read_checkpoint, read_result, read_weights, say, summary_writer
 
@@ -61,6 +61,7 @@ class Config:
 
     model: a name in `models.MODELS`.
     pooling: of `nn_layers.MobiusPool`.
+    dropout: probability in the classifier.
     dataset: a name in `convert_mnist.SOURCES`; its npz is made where it is not there yet.
     data: path of an npz to use instead.
     mnist_root: folder with MNIST's files, for making the npz.
@@ -81,6 +82,7 @@ class Config:
 
     model: str
     pooling: str = "fixed"
+    dropout: float = DROPOUT
     train_mode: str = "centered"
     test_mode: str = "both"
     num_epochs: int = 20
@@ -112,7 +114,7 @@ class Config:
             require(name, getattr(self, name) in list(allowed), f"one of {', '.join(allowed)}")
         for name in ("num_epochs", "batch_size", "lr_decay_period", "warmup_epochs", "eval_freq", "seed"):
             as_integer(getattr(self, name), name)
-        for name in ("weight_decay", "lr", "lr_decay_factor", "deformation"):
+        for name in ("dropout", "weight_decay", "lr", "lr_decay_factor", "deformation"):
             require(name, isinstance(getattr(self, name), (int, float)), "a number")
         for name in ("data", "mnist_root", "log_dir"):
             value = getattr(self, name)
@@ -120,6 +122,7 @@ class Config:
         require("mnist_root", self.mnist_root is None or self.dataset in FROM_MNIST, f"left out with dataset {self.dataset}")
         require("num_epochs", self.num_epochs >= 1, "at least 1")
         require("batch_size", self.batch_size >= 2, "at least 2 (batch normalisation needs two)")
+        require("dropout", 0 <= self.dropout < 1, "a number of at least 0 and below 1")
         # Far beyond use, and early enough to keep Adam's step a float.
         require("weight_decay", 0 <= self.weight_decay < 1e30, "a number of at least 0 and below 1e30")
         require("lr", 0 < self.lr < 1e30, "a positive number below 1e30")
@@ -291,7 +294,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)
         # Initialised on the CPU, a seed means the same weights on every device.
-        self.model = build_model(config.model, pooling=config.pooling).to(self.device)
+        self.model = build_model(config.model, pooling=config.pooling, dropout=config.dropout).to(self.device)
         self.random = self.global_random_states()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.steps = len(self.training_set.labels) // config.batch_size  # of an epoch
@@ -615,6 +618,7 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
     )
     add("model", "one of the seven", choices=MODELS, metavar="{" + ",".join(MODELS) + "}")
     add("pooling", "grid of the pooling windows: as published, or chosen by the data", choices=POOLINGS)
+    add("dropout", "probability in the classifier", type=float, metavar="P")
     add("train_mode", "version of the training digits", choices=TRAIN_MODES)
     add("test_mode", "version of the test digits", choices=TEST_MODES)
     add("num_epochs", "passes over the training set", type=int, metavar="N")

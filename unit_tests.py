@@ -920,7 +920,7 @@ class TestModels(Case):
             for k in (1, 3):
                 model = cls(kernel_size=k, ch_in=3, classes=7, **arguments).eval()
                 self.assertEqual(model(x).shape, (2, 7))
-            for bad in ({"ch_in": 0}, {"classes": -1}, {"ch_in": 1.5}, {"kernel_size": 4}):
+            for bad in ({"ch_in": 0}, {"classes": -1}, {"ch_in": 1.5}, {"kernel_size": 4}, {"dropout": 1.5}, {"pooling": "max"}):
                 with self.assertRaisesRegex(ValueError, next(iter(bad))):
                     cls(**bad)
         with self.assertRaisesRegex(ValueError, "scalar, signflip, regular, irrep, mixed, got 'regulr'"):
@@ -1956,7 +1956,7 @@ class TestTrain(RunsCase):
         self.assertEqual(vars(config), vars(config) | {
             "train_mode": "centered", "test_mode": "both", "num_epochs": 20, "batch_size": 128, "weight_decay": 1e-6, "lr": 5e-3,
             "lr_decay_period": 4, "lr_decay_factor": 2, "eval_freq": 1, "dataset": "mnist", "device": "auto", "precision": "fp32",
-            "pooling": "fixed", "lr_schedule": "step", "warmup_epochs": 0, "deformation": 0,
+            "pooling": "fixed", "lr_schedule": "step", "warmup_epochs": 0, "deformation": 0, "dropout": 0.3,
         })
 
     def test_the_run_is_what_was_asked_for(self):
@@ -2233,6 +2233,8 @@ class TestTrain(RunsCase):
             (["--recipe", "improved", "--lr_decay_factor", "3"], ["lr_decay_factor", "left out with lr_schedule cosine"]),
             (["--recipe", "best"], ["--recipe", "improved"]),
             (["--pooling", "max"], ["--pooling", "polyphase"]),
+            (["--dropout", "1"], ["dropout", "below 1"]),
+            (["--dropout", "nan"], ["dropout", "below 1"]),
             (["--warmup_epochs", "2"], ["warmup_epochs", "below num_epochs"]),
             (["--warmup_epochs", "-1"], ["warmup_epochs", "at least 0"]),
             (["--deformation", "-0.5"], ["deformation", "0 … 7"]),
@@ -2809,7 +2811,7 @@ class TestReproduce(RunsCase):
         # Every setting that makes a difference makes another file, whatever its value.
         other = {"num_epochs": 3, "batch_size": 8, "weight_decay": 0.1, "lr": 0.1, "lr_decay_period": 1, "lr_decay_factor": 3,
                  "precision": "bf16", "test_mode": "shifted", "dataset": "digits", "pooling": "polyphase", "lr_schedule": "cosine",
-                 "warmup_epochs": 1, "deformation": 0.5}
+                 "warmup_epochs": 1, "deformation": 0.5, "dropout": 0.1}
         self.assertEqual(set(train.Config("mobius_regular").protocol()) - {"model", "train_mode", "seed", "eval_freq"}, set(other))
         configs = [train.Config("mobius_regular", **{key: value}) for key, value in 
                    (other | {"data": "my.npz", "train_mode": "shifted", "seed": 1}).items()]
