@@ -19,30 +19,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convert_mnist import LENGTH, SCALAR, WIDTH
-from nn_layers import transport_pad
+from fields import Fields, double_cover
 
 SMOOTHNESS = 5.0
 
 
 def displace(images: Tensor, along: Tensor, across: Tensor) -> Tensor:
-    """Images whose pixels show what stood displaced from them, interpolated bilinearly.
+    """Images whose pixels show what stood displaced from them, interpolated by cubic splines and clipped to 0 … 1.
 
     Args:
-        images: scalar fields ``(N, 1, W, L)``.
+        images: scalar fields ``(N, 1, W, L)`` with values in [0, 1].
         along, across: displacements in pixels, ``(N, W, L)``, to larger column and row numbers; those along the strip lead
-            over the cut, at most L columns far, those across it into zeros.
+            over the cut, those across it into zeros.
 
     Returns:
         Tensor of the images' shape.
     """
     width, length = images.shape[2:]
-    pad = min(length, max(1, math.ceil(along.abs().max().item()) + 1))
-    padded = transport_pad(images, pad, SCALAR)
-    rows = torch.arange(width, device=images.device, dtype=images.dtype)[:, None] + pad + across
-    columns = torch.arange(length, device=images.device, dtype=images.dtype) + pad + along
+    margin = 2  # of columns that interpolation reads beside the place itself
+    cover = double_cover(images, Fields(*SCALAR))
+    cover = torch.cat([cover.narrow(3, 2 * length - margin, margin), cover, cover.narrow(3, 0, margin)], dim=3)
+    columns = (torch.arange(length, device=images.device) + along) % (2 * length) + margin
+    rows = torch.arange(width, device=images.device)[:, None] + across
     # grid_sample counts from -1, the first pixel, to 1, the last one, and in (column, row).
-    grid = torch.stack([2 * columns / (length + 2 * pad - 1), 2 * rows / (width + 2 * pad - 1)], dim=3) - 1
-    return F.grid_sample(padded, grid, mode="bilinear", align_corners=True)
+    grid = torch.stack([2 * columns / (cover.shape[3] - 1), 2 * rows / max(1, width - 1)], dim=3) - 1
+    return F.grid_sample(cover, grid.to(images.dtype), mode="bicubic", align_corners=True).clamp(0, 1)
 
 
 def centre(images: Tensor) -> Tensor:
@@ -60,14 +61,19 @@ class RandomDeformation:
     Across the strip it may move too.
 
     Args:
-        strength: root mean square of either component of the displacement, in pixels, before it is taken off.
-        smoothness: standard deviation of the Gaussian that smooths the noise, in pixels.
+        strength: root mean square of either component of the displacement, in pixels, before it is taken off; up to about 2.
+        smoothness: standard deviation of the Gaussian that smooths the noise, in pixels; a positive number up to L.
         size: W and L.
         device: on which images live.
+
+    Raises:
+        ValueError: for a strength or a smoothness that is not allowed.
     """
 
     def __init__(self, strength: float, smoothness: float = SMOOTHNESS, size: tuple[int, int] = (WIDTH, LENGTH), device="cpu") -> None:
         width, length = size
+        if not 0 <= strength < math.inf or not 0 < smoothness <= length:
+            raise ValueError(f"strength must be a number of at least 0 and smoothness one in 0 … {length}, got {strength} and {smoothness}")
         # Wave numbers, in half waves across the strip (k) and along it (m), up to where smoothing leaves nothing.
         cutoff = 3 / (2 * math.pi * smoothness)  # in waves a pixel, exp(-9/2)
         k = torch.arange(math.ceil(2 * width * cutoff) + 1, dtype=torch.float64)[:, None]
@@ -75,9 +81,10 @@ class RandomDeformation:
         spectrum = torch.exp(-2 * (math.pi * smoothness) ** 2 * ((k / (2 * width)) ** 2 + (m / (2 * length)) ** 2))
         # Walking once round, m half waves change the sign (-1)^m times, and the flip k of them across the strip (-1)^k times.
         symmetric = (k + m) % 2 == 0
+        spectrum = spectrum * torch.where(m > 0, 1, math.sqrt(0.5))  # of both a sine and a cosine, but for m = 0
         along, across = spectrum * symmetric, spectrum * ~symmetric
         along[0, 0] = 0  # an isometry
-        norms = torch.where(k > 0, math.sqrt(2), 1.0)  # of cos(pi k w / W); sine and cosine along the strip have 1 together
+        norms = torch.where(k > 0, math.sqrt(2), 1.0)  # of cos(pi k w / W)
         self._scales = torch.stack([strength * part / part.square().sum().sqrt() for part in (along, across)]).float().to(device)
         w, l = (torch.arange(n, dtype=torch.float64) + 0.5 for n in size)
         self._across = (norms * torch.cos(math.pi * k * w / width)).float().to(device)  # (K, W)

@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fast_path import is_plain
-from fields import PlanarFields, as_integer
+from fields import PlanarFields, as_integer, check_strip
 from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool
 
 # Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as many fields.
@@ -54,6 +54,12 @@ def _channels_last(images: Tensor) -> Tensor:
     return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
 
 
+def _check_input(images: Tensor, pooling: str) -> None:
+    check_strip(images)
+    if pooling == "polyphase" and images.shape[3] % 4:
+        raise ValueError(f"two polyphase poolings take a length L that is a multiple of 4, got shape {tuple(images.shape)}")
+
+
 def _check_counts(**counts) -> None:
     for name, count in counts.items():
         if as_integer(count, name, "a positive integer") < 1:
@@ -64,7 +70,7 @@ class MobiusGaugeCNN(nn.Module):
     """Gauge equivariant CNN on the Möbius strip.
 
     In evaluation, for L a multiple of 4, its logits do not change under shifts by multiples of 4; with polyphase pooling,
-    under all 2L isometries.
+    under all 2L isometries (up to rounding, which may, once in a great many inputs, decide between two grids; see `MobiusPool`).
 
     Six convolutions with a nonlinearity after the first five and pooling after the second and the fourth; the
     sixth gives 64 scalar fields, whose global maximum is what an invariant classifier sees. In between, the channels of
@@ -83,8 +89,8 @@ class MobiusGaugeCNN(nn.Module):
         ``(N, ch_in, W, L)`` to ``(N, classes)``.
 
     Raises:
-        ValueError: for an argument that is not allowed; in `forward`, for an input that does not fit, as where L is no
-            multiple of 4 with polyphase pooling.
+        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d with ch_in channels, or whose
+            L is no multiple of 4 with polyphase pooling.
 
     Source: arXiv:2106.06020, Section 5, Table 4.
     """
@@ -95,7 +101,7 @@ class MobiusGaugeCNN(nn.Module):
         _check_counts(ch_in=ch_in, classes=classes)
         if mode not in list(MODES):
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        self.mode = mode
+        self.mode, self.pooling = mode, pooling
         factory = {"device": device, "dtype": dtype}
         conv, nonlin = partial(MobiusConv, kernel_size=kernel_size, **factory), partial(EquivNonlin, **factory)
 
@@ -118,6 +124,7 @@ class MobiusGaugeCNN(nn.Module):
         self.classifier = build_classifier(classes, factory, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_input(x, self.pooling)
         return self.classifier(self.mobius_cnn(_channels_last(x)).amax(dim=(2, 3)))
 
 
@@ -138,7 +145,8 @@ class CNN(nn.Module):
         ``(N, ch_in, W, L)`` to ``(N, classes)``.
 
     Raises:
-        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d.
+        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d, or whose L is no multiple
+            of 4 with polyphase pooling.
 
     Source: arXiv:2106.06020, Section 5, Table 4.
     """
@@ -147,6 +155,7 @@ class CNN(nn.Module):
                  pooling: str = "fixed", dropout: float = DROPOUT, *, device=None, dtype=None) -> None:
         super().__init__()
         _check_counts(ch_in=ch_in, classes=classes)
+        self.pooling = pooling
         factory = {"device": device, "dtype": dtype}
 
         def conv(c_in, c_out):
@@ -168,6 +177,7 @@ class CNN(nn.Module):
         self.classifier = build_classifier(classes, factory, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_input(x, self.pooling)
         return self.classifier(self.cnn(_channels_last(x)).amax(dim=(2, 3)))
 
 

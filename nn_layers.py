@@ -528,25 +528,25 @@ def _best_parity(x: Tensor, fields: Fields) -> Tensor:
     """For each sample, whether the shift at which the field matches a template best is odd: a boolean (N,).
 
     A shift of x by t moves that shift by t, and a gauge transformation leaves it as it is, since the template is matched in
-    both gauges. The template's values, sin(n^2), are linearly independent over the algebraic numbers (theorem of Lindemann
-    and Weierstrass): in exact arithmetic, two matches of a field of rational numbers are equal only if the field is
-    in both positions the same.
+    both gauges. The template is sin(1), sin(4), sin(9), …, which are linearly independent over the algebraic numbers (theorem
+    of Lindemann and Weierstrass): but for rounding, a field matches it equally well in two positions only if it is the same in both.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
     n, channels, width, length = x.shape
-    numbers = torch.arange(1, channels * width * length + 1, device=x.device, dtype=torch.float64)
-    template = arrange_channels(numbers.square().sin().to(x.dtype).view(1, channels, width, length), fields)
+    # In float64, which autocast and TensorFloat32 leave alone.
+    dtype = torch.float64 if x.device.type != "mps" else torch.float32
+    x = x.to(dtype)
+    numbers = torch.arange(1, channels * width * length + 1, device=x.device, dtype=dtype)
+    template = arrange_channels(numbers.square().sin().view(1, channels, width, length), fields)
     columns = torch.arange(length, device=x.device)
     # Row l of the product with the double cover has the matches of the template's column l with each of its 2L columns.
     start = (columns[:, None] - torch.arange(2 * length, device=x.device)) % (2 * length)
     cover = double_cover(x, fields).flatten(1, 2)
     matches = []
-    with torch.autocast(x.device.type, enabled=False):
-        for columns_of_template in (template, gauge_transform(template, fields)):
-            products = columns_of_template.flatten(1, 2).transpose(1, 2) @ cover
-            matches.append(products.gather(2, start.expand(n, -1, -1)).sum(1))
+    for columns_of_template in (template, gauge_transform(template, fields)):
+        products = columns_of_template.flatten(1, 2).transpose(1, 2) @ cover
+        matches.append(products.gather(2, start.expand(n, -1, -1)).sum(1))
     even, odd = torch.stack(matches, 1).unflatten(2, (length, 2)).amax((1, 2)).unbind(1)
-    return odd - even > _rounding(x.dtype) * (odd.abs() + even.abs())
+    return odd - even > _rounding(dtype) * _norm(x) * _norm(template)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -576,14 +576,18 @@ class MobiusPool(nn.Module):
     - 'polyphase', windows begin at the even or at the odd columns, the last one of these going on over the cut; for each
       sample there where the pooled fields' norm (the sum of squares over all channels and pixels) is larger. Let p be
       0 or 1 for even or odd. A shift of the input by t changes it to p' = (p + t) mod 2 and moves the output by
-      (t + p - p') / 2, which is an integer: equivariant under all 2L isometries. L must be even.
+      (t + p - p') / 2, which is an integer: equivariant under all 2L isometries. (If some odd shift leaves the input as it is, p
+      is the same for every t, and t may be any of the shifts that have the same effect.) L must be even.
 
-    Exactly gauge equivariant (but for windows of a sign-flip field that hold both +a and -a as the largest).
+    Exactly gauge equivariant. The exception, with either pooling and for isometries too, are windows of a sign-flip field
+    that hold both +a and -a as the largest.
 
     Where both norms are equal up to rounding, a comparison with a fixed template decides. There is one kind of field for
     which no choice is right: if a shift by an odd t is the same as a gauge transformation of the field, but not
     the same as the field, then p must change under the shift, and must not under the gauge transformation. There it is 0, and
-    pooling is gauge equivariant only.
+    pooling is equivariant under gauge transformations and even shifts only. In finite precision the choice is a choice still:
+    of fields that rounding in earlier layers has made to differ, with norms that differ as little, one may be pooled on the one grid
+    and one on the other. Fields whose squares are not finite in float32 (beyond 1e19) are all pooled on the even one.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.
@@ -594,10 +598,12 @@ class MobiusPool(nn.Module):
 
     Raises:
         ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d with
-            C channels, or for an odd L with 'polyphase'.
+            C channels, or, with 'polyphase', for an odd L or a dtype that is not floating point.
 
     Source: arXiv:2106.06020, Section 5; adaptive polyphase sampling: Chaman and Dokmanić, CVPR 2021, arXiv:2011.14214.
     """
+
+    pooling = "fixed"  # of modules that were pickled before there was a choice
 
     def __init__(self, in_fields, pooling: str = "fixed") -> None:
         super().__init__()
@@ -636,6 +642,8 @@ class MobiusPool(nn.Module):
                 f"polyphase pooling takes an even length L, got shape {tuple(x.shape)}: once round a strip of odd length, "
                 "its even columns have become its odd ones, so that it has no grid of every second column to choose"
             )
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"polyphase pooling compares norms, and takes floating point numbers, got {x.dtype}")
         # On a CPU, the gradient of a moved copy that is pooled on the fixed grid costs less than that of both phases.
         by_copy = x.device.type == "cpu" and is_plain(x) and x.requires_grad and torch.is_grad_enabled()
         even, odd = self._phases(x.detach() if by_copy else x)
@@ -667,7 +675,7 @@ class MobiusPool(nn.Module):
         """Whether windows are to begin at the odd columns, (N,), by the norms of the two phases."""
         larger, tied = odd > even, (odd - even).abs() <= _rounding(odd.dtype) * (odd + even)
         if x.device.type != "cpu" or not is_plain(x):  # nothing may depend on values, or should wait for them
-            return torch.where(tied, _best_parity(x, self.in_fields), larger)
+            return tied & _best_parity(x, self.in_fields) | ~tied & larger
         if tied.any():
             larger[tied] = _best_parity(x[tied], self.in_fields)
         return larger

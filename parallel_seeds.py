@@ -115,7 +115,7 @@ class ParallelRuns:
 
         def step_of_one(parameters: dict, buffers: dict, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             logits = functional_call(self.model, (parameters, buffers), (images,))
-            return cross_entropy(logits, labels), (logits.argmax(1) != labels).sum()
+            return cross_entropy(logits, labels, label_smoothing=config.label_smoothing), (logits.argmax(1) != labels).sum()
 
         seeds = ", ".join(str(run.config.seed) for run in self.runs)
         for step in first.progress(range(steps), seeds):

@@ -17,6 +17,7 @@ Source of the figures to compare with: arXiv:2106.06020, Section 5, Table 5.
 
 import contextlib
 import csv
+import hashlib
 import io
 import os
 import re
@@ -32,12 +33,11 @@ import torch
 
 from convert_mnist import LENGTH, CommandLine
 from models import MODELS
-from nn_layers import POOLINGS
 from parallel_seeds import ParallelRuns
 from run_folder import BadCheckpoint, Busy, is_percentage, read_json, read_result, read_weights, say, write_json
 from train import (
     DEFAULTS, RECIPES, REPORTING, TRAIN_MODES, Config, Data, Diverged, Run, add_train_options, describe_environment,
-    find_data, follow_recipe, keep_freed_memory, predict_at_every_shift, select_device, trained_model,
+    find_data, follow_recipe, keep_freed_memory, predict_at_every_shift, select_device, trained_model, with_defaults,
 )
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -74,7 +74,7 @@ def short_settings(config: Config) -> dict:
     """`changed_settings`, with a recipe's name in place of its settings."""
     changed = changed_settings(config)
     for recipe, settings in RECIPES.items():
-        if settings and settings.items() <= changed.items():
+        if settings and settings.items() <= config.protocol().items():
             return {"recipe": recipe} | {name: value for name, value in changed.items() if name not in settings}
     return changed
 
@@ -166,7 +166,7 @@ class Study:
             return False
         left = read_result(path)
         reporting = dict.fromkeys(REPORTING)
-        if (left["config"] | reporting, left["data"]) != (run.result["config"] | reporting, run.result["data"]):
+        if (with_defaults(left["config"]) | reporting, left["data"]) != (run.result["config"] | reporting, run.result["data"]):
             return False
         if left["status"] == "diverged":
             raise Diverged(f"{left.get('reason')} (to try it again, delete {run.folder.path})", run)
@@ -491,8 +491,9 @@ def check_weights(study: Study) -> None:
 def measure_error_against_shift(study: Study, data: Data, device: torch.device) -> Path:
     """Test the study's networks, in float32, on digits moved by each isometry; in error_against_shift.json, those that are there are kept.
 
-    A row has the errors in % at each shift; how many predictions there are (digits times shifts), how many of them changed from
-    the one at shift 0, and the first few of those that did, as [shift, digit].
+    A row has the run's name, what is not the paper's in it, and a hash of its weights; the errors in % at each shift; how many
+    predictions there are (digits times shifts), how many of them changed from the one at shift 0, and the first few of those
+    that did, as [shift, digit].
 
     Returns:
         The file's path.
@@ -505,17 +506,20 @@ def measure_error_against_shift(study: Study, data: Data, device: torch.device) 
     if any(row["sha256"] != data.sha256 for row in rows):
         raise ValueError(f"{path} is of another {data.file}: move it away")
     for config in study.configs:
-        name = run_name(config)
-        if all(row["run"] != name for row in rows):
-            weights = study.folder(config) / "weights.pt"
+        name, weights = run_name(config), study.folder(config) / "weights.pt"
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        if all((row["run"], row.get("weights")) != (name, digest) for row in rows):
             model = trained_model(config, read_weights(weights), weights)
             images, labels = data.splits["test_centered"]
             predictions = predict_at_every_shift(model.to(device), images)
             errors = (100 * (predictions != labels).double().mean(1)).tolist()
             changed = (predictions != predictions[0]).nonzero().tolist()
-            rows.append({"run": name, "model": config.model, "pooling": config.pooling, "train_mode": config.train_mode,
-                         "seed": config.seed, "precision": config.precision, "sha256": data.sha256, "environment": describe_environment(device), "errors": errors,
-                         "predictions": predictions.numel(), "changed": len(changed), "first_changed": changed[:LISTED]})
+            settings = {key: value for key, value in short_settings(config).items() if key != "precision"}
+            rows = [row for row in rows if row["run"] != name] + [{
+                "run": name, "model": config.model, "settings": settings, "train_mode": config.train_mode, "seed": config.seed,
+                "sha256": data.sha256, "weights": digest, "environment": describe_environment(device), "errors": errors,
+                "predictions": predictions.numel(), "changed": len(changed), "first_changed": changed[:LISTED],
+            }]
             write_json(path, {"shifts": list(range(2 * LENGTH)), "rows": rows})
             say(f"{name}: {min(errors):.2f} to {max(errors):.2f} %, {consistency(rows[-1])} of the predictions as at shift 0")
     return path
@@ -543,8 +547,7 @@ def _is_row(row) -> bool:
         isinstance(row, dict)
         and isinstance(row.get("run"), str) and isinstance(row.get("sha256"), str)
         and row.get("model") in list(MODELS) and row.get("train_mode") in TRAIN_MODES
-        # Before there was a choice of pooling, these were not told.
-        and row.get("pooling", "fixed") in POOLINGS
+        and isinstance(row.get("settings", {}), dict)  # from here on, earlier versions did not tell
         and all(isinstance(row.get(key, 1), int) for key in ("changed", "predictions")) and 0 <= row.get("changed", 1) <= row.get("predictions", 1)
         and isinstance(row.get("errors"), list) and len(row["errors"]) == 2 * LENGTH and all(map(is_percentage, row["errors"]))
     )

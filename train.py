@@ -44,6 +44,7 @@ TEST_MODES = ("shifted", "centered", "both")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
 LR_SCHEDULES = ("step", "cosine")
+LARGEST_DEFORMATION = 2  # beyond, digits do not stay where they are, nor recognisable
 EVAL_BATCH_SIZE = 500
 
 LATEST = object()  # --resume without a folder
@@ -70,8 +71,9 @@ class Config:
     batch_size: at least 2, for batch normalisation, and at most the number of training digits.
     weight_decay: L2, Adam's own, on all parameters.
     lr_schedule: 'step': the learning rate lr is divided by lr_decay_factor after every lr_decay_period epochs (0: never);
-        'cosine': it falls to 0 in half a wave. Before, it rises to lr in warmup_epochs.
+        'cosine': it falls to 0 in half a wave. In the first warmup_epochs it rises to what it is after them.
     deformation: strength of the random deformations of training digits, in pixels; see `deformation.RandomDeformation`.
+    label_smoothing: part of the target, in training, that is spread over all classes.
     eval_freq: test after every so many epochs (0: only at the end).
     seed: of initialisation, order and dropout.
     device: 'auto' is cuda where there is one.
@@ -94,6 +96,7 @@ class Config:
     lr_schedule: str = "step"
     warmup_epochs: int = 0
     deformation: float = 0.0
+    label_smoothing: float = 0.0
     eval_freq: int = 1
     dataset: str = "mnist"
     data: str | None = None
@@ -114,7 +117,7 @@ class Config:
             require(name, getattr(self, name) in list(allowed), f"one of {', '.join(allowed)}")
         for name in ("num_epochs", "batch_size", "lr_decay_period", "warmup_epochs", "eval_freq", "seed"):
             as_integer(getattr(self, name), name)
-        for name in ("dropout", "weight_decay", "lr", "lr_decay_factor", "deformation"):
+        for name in ("dropout", "weight_decay", "lr", "lr_decay_factor", "deformation", "label_smoothing"):
             require(name, isinstance(getattr(self, name), (int, float)), "a number")
         for name in ("data", "mnist_root", "log_dir"):
             value = getattr(self, name)
@@ -130,15 +133,16 @@ class Config:
         require("lr_decay_factor", 1 <= self.lr_decay_factor < math.inf, "a number of at least 1")
         for name in ("lr_decay_period", "lr_decay_factor"):
             require(name, self.lr_schedule == "step" or getattr(self, name) == DEFAULTS[name], f"left out with lr_schedule {self.lr_schedule}")
-        require("warmup_epochs", 0 <= self.warmup_epochs < self.num_epochs, "at least 0 and below num_epochs")
-        require("deformation", 0 <= self.deformation <= LENGTH / 4, f"a number of pixels, 0 … {LENGTH // 4}")
+        require("warmup_epochs", 0 <= self.warmup_epochs < self.num_epochs, "at least 0 and below num_epochs (a --recipe may have set it)")
+        require("deformation", 0 <= self.deformation <= LARGEST_DEFORMATION, f"a number of pixels, 0 … {LARGEST_DEFORMATION}")
+        require("label_smoothing", 0 <= self.label_smoothing < 1, "a number of at least 0 and below 1")
         require("eval_freq", self.eval_freq >= 0, "at least 0 (0: only at the end)")
         require("seed", 0 <= self.seed < 2**63, "0 … 2**63 - 1")
 
     def learning_rate(self, time: float) -> float:
         """After so many epochs, finished parts of one included: the whole schedule, so that it has no state."""
         if time < self.warmup_epochs:
-            return self.lr * time / self.warmup_epochs
+            return self.learning_rate(self.warmup_epochs) * time / self.warmup_epochs
         if self.lr_schedule == "cosine":
             part = (time - self.warmup_epochs) / (self.num_epochs - self.warmup_epochs)
             return self.lr * (1 + math.cos(math.pi * part)) / 2
@@ -481,7 +485,7 @@ class Run:
             self.optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 logits = self.model(images)
-                loss = cross_entropy(logits, labels)
+                loss = cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
             loss.backward()
             self.optimizer.step()
             losses[step] = loss.detach()
@@ -549,9 +553,9 @@ class Run:
                 self.folder.say(f"{line}  ({self.folder.path})")
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """In float32 at least, whatever autocast made of the logits."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction=reduction)
+def cross_entropy(logits: Tensor, labels: Tensor, **options) -> Tensor:
+    """In float32 at least, whatever autocast made of the logits; `options` are those of the function in torch."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, **options)
 
 
 @torch.no_grad()
@@ -586,6 +590,11 @@ def predict_at_every_shift(model: nn.Module, images: Tensor) -> Tensor:
 
 DEFAULTS = {field.name: field.default for field in dataclass_fields(Config) if field.name != "model"}
 
+def with_defaults(protocol: dict) -> dict:
+    """A stored `Config.protocol`, of an earlier version perhaps: what it did not know had its default."""
+    return {name: value for name, value in DEFAULTS.items() if name not in PLACES} | protocol
+
+
 # Settings under one name, for --recipe.
 RECIPES = {
     "paper": {},
@@ -594,9 +603,12 @@ RECIPES = {
 
 
 def follow_recipe(options: dict) -> dict:
-    """Options with a recipe's settings for what is not among them, in place of its name."""
+    """Options with a recipe's settings for what is not among them, in place of its name. Raises ValueError for another name."""
     options = dict(options)
-    return RECIPES[options.pop("recipe", "paper")] | options
+    recipe = options.pop("recipe", "paper")
+    if recipe not in list(RECIPES):
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    return RECIPES[recipe] | options
 
 
 def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> None:
@@ -630,6 +642,7 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
     add("lr_schedule", "of the learning rate: by steps, or cosine, to 0", choices=LR_SCHEDULES)
     add("warmup_epochs", "epochs in which the learning rate rises first", type=int, metavar="N")
     add("deformation", "strength of random deformations of training digits, in pixels", type=float, metavar="X")
+    add("label_smoothing", "part of the target that is spread over all classes, in training", type=float, metavar="X")
     add("eval_freq", "test after every N epochs, 0: only at the end", type=int, metavar="N")
     add("dataset", "digits; where their npz is not in data/ yet, it is made", choices=SOURCES)
     add("data", "an npz to use instead", metavar="FILE")
@@ -695,7 +708,7 @@ def _latest_run(config: Config) -> Run:
     for path in Path(config.log_dir).glob("*/result.json"):
         with contextlib.suppress(ValueError, OSError):  # some other run's, damaged
             result = read_result(path)
-            same = result["config"] == config.protocol() and result["data"]["sha256"] == data.sha256
+            same = with_defaults(result["config"]) == config.protocol() and result["data"]["sha256"] == data.sha256
             if same and path.with_name("checkpoint.pt").exists():
                 (finished if result["status"] == "finished" else stopped).append(path)
     for paths in (stopped, finished):
@@ -742,6 +755,8 @@ def evaluate_checkpoint(file, options: dict) -> str:
     elif "model" not in options:
         raise ValueError(f"{file} holds weights alone: say of which --model")
     else:
+        with contextlib.suppress(ValueError, OSError):  # in a run's folder, its result tells
+            options = {"pooling": read_result(Path(file).with_name("result.json"))["config"]["pooling"]} | options
         config = Config(**options)
     device = select_device(config.device)
     model = trained_model(config, weights, file)
@@ -751,7 +766,7 @@ def evaluate_checkpoint(file, options: dict) -> str:
     for version in config.test_versions:
         split = data.splits[f"test_{version}"]
         errors.append(f"{version} {evaluate(model, split, config.precision)[1]:.2f} %")
-    return f"{config.model}{trained}, {len(split.labels):,} test digits of {data.file}: test error {', '.join(errors)}"
+    return f"{config.model}, {config.pooling} pooling{trained}, {len(split.labels):,} test digits of {data.file}: test error {', '.join(errors)}"
 
 
 def main(argv=None) -> None:
@@ -760,6 +775,8 @@ def main(argv=None) -> None:
     resume, eval_only, checkpoint = (options.pop(name) for name in ("resume", "eval_only", "checkpoint"))
     if "model" not in options and not eval_only and (resume is None or resume is LATEST):
         parser.error("the following arguments are required: --model")
+    if resume not in (None, LATEST) and "recipe" in options:
+        parser.error("--resume RUN goes on with that run's settings: leave out --recipe")
     if eval_only and resume is not None or checkpoint is not None and not eval_only:
         parser.error("--checkpoint goes with --eval_only, and --resume without it")
     keep_freed_memory()

@@ -29,7 +29,7 @@ STYLES = {
 def error_against_shift(rows: list[dict]):
     """Test error of networks on digits moved by each isometry, as a figure of matplotlib; `rows` as in the file of that name.
 
-    Runs of the same model, pooling and training mode are one line, their mean.
+    Runs that differ in the seed alone are one line, their mean.
     """
     from matplotlib.figure import Figure
 
@@ -37,12 +37,12 @@ def error_against_shift(rows: list[dict]):
     axes = figure.add_subplot()
     groups = {}
     for row in rows:
-        groups.setdefault((row["model"], row.get("pooling", "fixed"), row["train_mode"]), []).append(row["errors"])
-    for (model, pooling, train_mode), errors in sorted(groups.items(), key=lambda group: list(LABELS).index(group[0][0])):
+        settings = "".join(f", {name} {value}" for name, value in row.get("settings", {}).items())
+        groups.setdefault((row["model"], settings, row["train_mode"]), []).append(row["errors"])
+    for (model, settings, train_mode), errors in sorted(groups.items(), key=lambda group: list(LABELS).index(group[0][0])):
         means = [sum(column) / len(column) for column in zip(*errors)]
-        label = f"{LABELS[model]}{', polyphase pooling' if pooling == 'polyphase' else ''}, trained on {train_mode} digits"
-        axes.plot(range(len(means)), means, marker="o", markersize=3, linestyle="--" if pooling == "polyphase" else "-",
-                  color=COLOURS[model], label=label)
+        axes.plot(range(len(means)), means, marker="o", markersize=3, linestyle="--" if settings else "-", color=COLOURS[model],
+                  label=f"{LABELS[model]}{settings}, trained on {train_mode} digits")
     length = len(rows[0]["errors"]) // 2
     axes.axvline(length, linewidth=1, linestyle=":", color="grey")
     axes.annotate("once around: the digit is reflected", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
