@@ -220,13 +220,14 @@ def load_validation(root) -> tuple[Split, Split]:
 
 class Source(NamedTuple):
     """load: reads the digits, from a folder with MNIST where they need it. file: name of the npz.
-    train_size, largest_train_size: training digits unless asked otherwise, and at most.
+    train_size, largest_train_size: training digits unless asked otherwise, and at most. from_mnist: whether they are MNIST's.
     """
 
     load: Callable[..., tuple[Split, Split]]
     file: str
     train_size: int
     largest_train_size: int
+    from_mnist: bool = True
 
     @property
     def path(self) -> Path:
@@ -238,11 +239,8 @@ SOURCES = {
     # As many training digits as rotated MNIST has.
     "mnist": Source(load_mnist, "mobius_MNIST.npz", 12_000, 60_000),
     "mnist_validation": Source(load_validation, "mobius_MNIST_validation.npz", 12_000, 20_000),
-    "digits": Source(lambda root: load_digits(), "mobius_digits.npz", 1_297, 1_297),
+    "digits": Source(lambda root: load_digits(), "mobius_digits.npz", 1_297, 1_297, from_mnist=False),
 }
-
-
-FROM_MNIST = ("mnist", "mnist_validation")
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -275,12 +273,12 @@ def convert(source: str = "mnist", path=None, *, mnist_root=None, train_size: in
     """
     if source not in list(SOURCES):
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
-    load, _, default_size, largest_size = SOURCES[source]
+    load, _, default_size, largest_size, _ = SOURCES[source]
     path = Path(path) if path is not None else SOURCES[source].path
     train_size = default_size if train_size is None else as_integer(train_size, "train_size")
     seed = as_integer(seed, "seed")
-    if mnist_root is not None and source not in FROM_MNIST:
-        raise ValueError(f"mnist_root is for {', '.join(FROM_MNIST)}, got {mnist_root!r} for {source}")
+    if mnist_root is not None and not SOURCES[source].from_mnist:
+        raise ValueError(f"mnist_root is for MNIST's digits, got {mnist_root!r} for {source}")
     if not 1 <= train_size <= largest_size:
         raise ValueError(f"train_size must be 1 … {largest_size} for {source}, got {train_size}")
     if not 0 <= seed < 2**32:
@@ -309,7 +307,8 @@ def command_line() -> CommandLine:
     add = parser.add_argument
     add("--source", choices=SOURCES, default="mnist", help="which digits (%(default)s)")
     add("--mnist_root", metavar="FOLDER", help="folder with MNIST's four files; without it they are downloaded to data/")
-    add("--train_size", type=int, metavar="N", help="first N training digits (MNIST: 12000 of 60000, or of 20000 with mnist_validation; digits: all 1297)")
+    add("--train_size", type=int, metavar="N",
+        help="first N training digits (12000 of mnist's 60000 or mnist_validation's 20000; all 1297 of digits)")
     add("--seed", type=int, default=SEED, metavar="N", help="of the shifts (%(default)s)")
     add("--out", metavar="FILE", help="the npz (" + ", ".join(f"data/{source.file}" for source in SOURCES.values()) + ")")
     return parser

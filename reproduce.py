@@ -548,7 +548,8 @@ def _is_row(row) -> bool:
         and isinstance(row.get("run"), str) and isinstance(row.get("sha256"), str)
         and row.get("model") in list(MODELS) and row.get("train_mode") in TRAIN_MODES
         and isinstance(row.get("settings", {}), dict)  # from here on, earlier versions did not tell
-        and all(isinstance(row.get(key, 1), int) for key in ("changed", "predictions")) and 0 <= row.get("changed", 1) <= row.get("predictions", 1)
+        and all(isinstance(row.get(key, 1), int) for key in ("changed", "predictions"))
+        and 0 <= row.get("changed", 1) <= row.get("predictions", 1)
         and isinstance(row.get("errors"), list) and len(row["errors"]) == 2 * LENGTH and all(map(is_percentage, row["errors"]))
     )
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from convert_mnist import FROM_MNIST, LENGTH, SCALAR, SOURCES, CommandLine, Split, convert
+from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, Split, convert
 from data_loader import batches, load_dataset
 from deformation import RandomDeformation
 from fields import as_integer, isometry_action
@@ -122,7 +122,7 @@ class Config:
         for name in ("data", "mnist_root", "log_dir"):
             value = getattr(self, name)
             require(name, isinstance(value, str) and value != "" or value is None and name != "log_dir", "a path")
-        require("mnist_root", self.mnist_root is None or self.dataset in FROM_MNIST, f"left out with dataset {self.dataset}")
+        require("mnist_root", self.mnist_root is None or SOURCES[self.dataset].from_mnist, f"left out with dataset {self.dataset}")
         require("num_epochs", self.num_epochs >= 1, "at least 1")
         require("batch_size", self.batch_size >= 2, "at least 2 (batch normalisation needs two)")
         require("dropout", 0 <= self.dropout < 1, "a number of at least 0 and below 1")
@@ -132,7 +132,8 @@ class Config:
         require("lr_decay_period", self.lr_decay_period >= 0, "at least 0 (0: never)")
         require("lr_decay_factor", 1 <= self.lr_decay_factor < math.inf, "a number of at least 1")
         for name in ("lr_decay_period", "lr_decay_factor"):
-            require(name, self.lr_schedule == "step" or getattr(self, name) == DEFAULTS[name], f"left out with lr_schedule {self.lr_schedule}")
+            is_used = self.lr_schedule == "step"
+            require(name, is_used or getattr(self, name) == DEFAULTS[name], f"left out with lr_schedule {self.lr_schedule}")
         require("warmup_epochs", 0 <= self.warmup_epochs < self.num_epochs, "at least 0 and below num_epochs (a --recipe may have set it)")
         require("deformation", 0 <= self.deformation <= LARGEST_DEFORMATION, f"a number of pixels, 0 … {LARGEST_DEFORMATION}")
         require("label_smoothing", 0 <= self.label_smoothing < 1, "a number of at least 0 and below 1")
@@ -766,7 +767,8 @@ def evaluate_checkpoint(file, options: dict) -> str:
     for version in config.test_versions:
         split = data.splits[f"test_{version}"]
         errors.append(f"{version} {evaluate(model, split, config.precision)[1]:.2f} %")
-    return f"{config.model}, {config.pooling} pooling{trained}, {len(split.labels):,} test digits of {data.file}: test error {', '.join(errors)}"
+    network = f"{config.model}, {config.pooling} pooling{trained}"
+    return f"{network}, {len(split.labels):,} test digits of {data.file}: test error {', '.join(errors)}"
 
 
 def main(argv=None) -> None:

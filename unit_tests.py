@@ -75,9 +75,14 @@ def setUpModule():
 
 
 def tearDownModule():
-    if os.environ.get("RELIABILITY"):  # the file of the README's figures
-        environment = train.describe_environment(torch.device("cpu"))
-        run_folder.write_json(os.environ["RELIABILITY"], {"environment": environment, "survived": dict(COUNTS)})
+    if os.environ.get("RELIABILITY"):
+        write_reliability(COUNTS)
+
+
+def write_reliability(survived: collections.Counter) -> None:
+    """The file of the README's figures."""
+    environment = train.describe_environment(torch.device("cpu"))
+    run_folder.write_json(os.environ["RELIABILITY"], {"environment": environment, "survived": dict(survived)})
 
 
 def channels(fields) -> int:
@@ -3490,31 +3495,35 @@ APART = ("TestConvertMNIST", "TestCheckpoints", "TestReproduce", "TestBenchmark"
 
 
 def run_in_two_processes() -> bool:
-    """Run all tests, a part of them beside the others, and print what both printed. Returns whether all passed."""
+    """Run all tests, a part of them beside the others, and print what both print. Returns whether all passed."""
     cases = [name for name, case in globals().items() if isinstance(case, type) and issubclass(case, unittest.TestCase)
              and unittest.TestLoader().getTestCaseNames(case)]
-    counts, survived = collections.Counter(), []
-    with tempfile.TemporaryDirectory() as folder:
+    counts, survived = collections.Counter(), collections.Counter()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         processes = []
         for i, part in enumerate(([name for name in cases if name not in APART], APART)):
-            output, reliability = Path(folder, f"{i}.txt"), Path(folder, f"{i}.json")
-            environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() // 2)}
+            output, reliability = stack.enter_context(open(Path(folder, f"{i}.txt"), "w+b")), Path(folder, f"{i}.json")
+            environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // 2))}
             if os.environ.get("RELIABILITY"):
                 environment["RELIABILITY"] = str(reliability)
-            with open(output, "wb") as file:
-                command = [sys.executable, __file__, *part]
-                processes.append((subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT), output, reliability))
+            command = [sys.executable, __file__, *part]
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE if i == 0 else output, stderr=subprocess.STDOUT)
+            processes.append((process, output, reliability))
         for process, output, reliability in processes:
+            while process.stdout and (chunk := process.stdout.read1()):  # the first part as it comes, the second one at its end
+                output.write(chunk)
+                print(chunk.decode("utf-8", "replace"), end="", flush=True)
             process.wait()
-            text = output.read_text(encoding="utf-8", errors="replace")
-            print(text, end="")
+            output.seek(0)
+            text = output.read().decode("utf-8", "replace")
+            if not process.stdout:
+                print(text, end="")
             told = re.findall(r"(\d+) (passed|failed|skipped)", text.splitlines()[-1] if text else "")
             counts.update({what: int(count) for count, what in told} if told else {"failed": 1})  # or it did not come to its end
             if reliability.exists():
-                survived.append(json.loads(reliability.read_text()))
-    if survived:
-        run_folder.write_json(os.environ["RELIABILITY"], survived[0] | {
-            "survived": dict(sum((collections.Counter(part["survived"]) for part in survived), collections.Counter()))})
+                survived.update(json.loads(reliability.read_text())["survived"])
+    if os.environ.get("RELIABILITY"):
+        write_reliability(survived)
     print(f"all: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
     return not counts["failed"] and not any(process.returncode for process, _, _ in processes)
 
