@@ -599,7 +599,10 @@ def with_defaults(protocol: dict) -> dict:
 # Settings under one name, for --recipe.
 RECIPES = {
     "paper": {},
-    "improved": {"pooling": "polyphase", "batch_size": 64, "lr": 2e-3, "lr_schedule": "cosine", "warmup_epochs": 1, "deformation": 1.0},
+    "improved": {
+        "pooling": "polyphase", "dropout": 0.1, "batch_size": 64, "lr": 2e-3, "lr_schedule": "cosine", "warmup_epochs": 1,
+        "deformation": 1.0, "label_smoothing": 0.1,
+    },
 }
 
 
