@@ -70,7 +70,9 @@ class MobiusGaugeCNN(nn.Module):
     """Gauge equivariant CNN on the Möbius strip.
 
     In evaluation, for L a multiple of 4, its logits do not change under shifts by multiples of 4; with polyphase pooling,
-    under all 2L isometries (up to rounding, which may, once in a great many inputs, decide between two grids; see `MobiusPool`).
+    under all 2L isometries. Up to rounding, that is, which may, once in a great many inputs, decide between two grids
+    (see `MobiusPool`), and which the nonlinearity of sign-flip fields can make visible where they are zero, as in blank parts of
+    the strip: it jumps there from -ELU(b) to ELU(b).
 
     Six convolutions with a nonlinearity after the first five and pooling after the second and the fourth; the
     sixth gives 64 scalar fields, whose global maximum is what an invariant classifier sees. In between, the channels of

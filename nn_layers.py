@@ -457,10 +457,15 @@ class EquivNonlin(nn.Module):
         return f"{self.in_fields}"
 
 
-def _signed_max_pool(x: Tensor, **alignment) -> Tensor:
-    """The entry of largest magnitude in each window, with its sign; the positive one of +a and -a."""
-    largest, smallest = F.max_pool2d(x, 2, **alignment), F.max_pool2d(-x, 2, **alignment)
-    return torch.where(largest < smallest, -smallest, largest)
+def _signed(largest: Tensor, smallest: Tensor, tolerance: Tensor | None) -> Tensor:
+    """Of the largest and the smallest entry the one of larger magnitude; where these are equal the largest or, with a tolerance, 0."""
+    signed = torch.where(largest < -smallest, smallest, largest)
+    return signed if tolerance is None else torch.where((largest + smallest).abs() <= tolerance, 0, signed)
+
+
+def _signed_max_pool(x: Tensor, tolerance: Tensor | None = None, **alignment) -> Tensor:
+    """The entry of largest magnitude in each window, with its sign."""
+    return _signed(F.max_pool2d(x, 2, **alignment), -F.max_pool2d(-x, 2, **alignment), tolerance)
 
 
 class _EquivMaxPool(torch.autograd.Function):
@@ -470,15 +475,16 @@ class _EquivMaxPool(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, fields: Fields, stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool) -> Tensor:
+    def forward(ctx, x: Tensor, fields: Fields, tolerance: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
+                ceil_mode: bool) -> Tensor:
         max_pool = partial(F.max_pool2d, kernel_size=2, stride=stride, padding=padding, ceil_mode=ceil_mode, return_indices=True)
         y, index = max_pool(x)
         smallest, at_smallest = max_pool(-_sign_channels(x, fields))
         y_sign, index_sign = _sign_channels(y, fields), _sign_channels(index, fields)
-        negative = y_sign < smallest
-        y_sign.copy_(torch.where(negative, -smallest, y_sign))
-        index_sign.copy_(torch.where(negative, at_smallest, index_sign))
+        index_sign.copy_(torch.where(y_sign < smallest, at_smallest, index_sign))
+        y_sign.copy_(_signed(y_sign, -smallest, tolerance))
         ctx.save_for_backward(index)
+        ctx.zeros = None if tolerance is None else y == 0
         ctx.alignment, ctx.shape = (stride, padding, (1, 1), ceil_mode), x.shape
         ctx.memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
         return y
@@ -486,10 +492,12 @@ class _EquivMaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (index,) = ctx.saved_tensors
+        if ctx.zeros is not None:
+            grad = torch.where(ctx.zeros, 0, grad)
         # The shape and the layout of the input is all that is read of it: no reason to keep it.
         x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
         grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, (2, 2), *ctx.alignment, index)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def _one_column_on(x: Tensor, fields: Fields, step: int) -> Tensor:
@@ -564,7 +572,8 @@ def _rounding(dtype: torch.dtype) -> float:
 class MobiusPool(nn.Module):
     """2 x 2 pooling with stride 2 that respects the field types and goes on over the cut.
 
-    Trivial and regular fields: the maximum. Sign-flip fields: the entry of largest magnitude with its sign.
+    Trivial and regular fields: the maximum. Sign-flip fields: the entry of largest magnitude with its sign; where +a and -a are
+    both the largest, +a as published, 0 with polyphase pooling.
 
     Where W is odd, windows aligned to one edge of the strip would not be windows of the reflected strip: it pools
     twice, aligned to the top and to the bottom edge, with the row left over in a window of its own, and averages the two.
@@ -579,8 +588,7 @@ class MobiusPool(nn.Module):
       (t + p - p') / 2, which is an integer: equivariant under all 2L isometries. (If some odd shift leaves the input as it is, p
       is the same for every t, and t may be any of the shifts that have the same effect.) L must be even.
 
-    Exactly gauge equivariant. The exception, with either pooling and for isometries too, are windows of a sign-flip field
-    that hold both +a and -a as the largest.
+    Exactly gauge equivariant; but for those windows as published, which break equivariance under isometries too.
 
     Where both norms are equal up to rounding, a comparison with a fixed template decides. There is one kind of field for
     which no choice is right: if a shift by an odd t is the same as a gauge transformation of the field, but not
@@ -631,10 +639,19 @@ class MobiusPool(nn.Module):
         return top / 2 + bottom / 2
 
     def _windows(self, x: Tensor, stride: tuple[int, int], padding: tuple[int, int] = (0, 0), ceil_mode: bool = False) -> Tensor:
+        tolerance = self._tolerance(x)
         if self.in_fields.sign and is_plain(x):
-            return _EquivMaxPool.apply(x, self.in_fields, stride, padding, ceil_mode)
+            return _EquivMaxPool.apply(x, self.in_fields, tolerance, stride, padding, ceil_mode)
         alignment = {"stride": stride, "padding": padding, "ceil_mode": ceil_mode}
-        return map_pointwise(x, self.in_fields, partial(F.max_pool2d, kernel_size=2, **alignment), partial(_signed_max_pool, **alignment))
+        signed_max_pool = partial(_signed_max_pool, tolerance=tolerance, **alignment)
+        return map_pointwise(x, self.in_fields, partial(F.max_pool2d, kernel_size=2, **alignment), signed_max_pool)
+
+    def _tolerance(self, x: Tensor) -> Tensor | None:
+        """By how much magnitudes in sign-flip fields may differ that would be equal without rounding, (N, 1, 1, 1)."""
+        if not self.in_fields.sign or self.pooling == "fixed":
+            return None
+        largest = torch.linalg.vector_norm(_sign_channels(x.detach(), self.in_fields), ord=torch.inf, dim=(1, 2, 3), keepdim=True)
+        return 4 * _rounding(torch.promote_types(x.dtype, torch.float32)) * largest
 
     def _polyphase(self, x: Tensor) -> Tensor:
         if x.shape[3] % 2:
@@ -657,18 +674,17 @@ class MobiusPool(nn.Module):
         if x.shape[2] % 2 or x.requires_grad or not is_plain(x):
             return self._pool(self._with_first_column(x), stride=1).unflatten(3, (-1, 2)).unbind(4)
         # The same values without max_pool2d, whose gradient among equals would be another.
-        rows = self._larger(x[:, :, 0::2], x[:, :, 1::2])
-        windows = self._larger(rows, _one_column_on(rows, self.in_fields, -1))
-        return windows[..., 0::2], windows[..., 1::2]
+        tolerance, x = self._tolerance(x), self._with_first_column(x)
 
-    def _larger(self, x: Tensor, y: Tensor) -> Tensor:
-        """The maximum, in sign-flip channels the entry of larger magnitude, and the positive one of +a and -a."""
-        largest = torch.maximum(x, y)
+        def of_windows(largest: Callable, x: Tensor) -> Tensor:
+            rows = largest(x[:, :, 0::2], x[:, :, 1::2])
+            return largest(rows[..., :-1], rows[..., 1:])
+
+        windows = of_windows(torch.maximum, x)
         if self.in_fields.sign:
-            x, y, signed = (_sign_channels(z, self.in_fields) for z in (x, y, largest))
-            smallest = torch.minimum(x, y)
-            signed.copy_(torch.where(signed < -smallest, smallest, signed))
-        return largest
+            largest = _sign_channels(windows, self.in_fields)
+            largest.copy_(_signed(largest, of_windows(torch.minimum, _sign_channels(x, self.in_fields)), tolerance))
+        return windows[..., 0::2], windows[..., 1::2]
 
     @torch.no_grad()
     def _begins_odd(self, x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
