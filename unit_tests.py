@@ -835,6 +835,9 @@ class TestTorchHabits(Case):
 
 
 class TestModels(Case):
+    def setUp(self):
+        torch.manual_seed(0)
+
     PARAMETERS = {
         "cnn_same_channels": 1_501_162,
         "cnn_same_params": 832_190,
