@@ -1,6 +1,6 @@
-"""Random smooth deformations of the strip, to augment training digits without moving them along it.
+"""Random deformations and stroke widths, to augment training digits without moving them along the strip.
 
-    deform = RandomDeformation(strength=1.0)
+    deform = RandomDeformation(strength=0.8, stroke_width=0.35)
     images = deform(images, deform.draw(len(images), generator))
 
 A deformation takes each pixel's value from a place nearby. Its displacements are a vector field on the strip: seen from
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from convert_mnist import LENGTH, SCALAR, WIDTH
 from fields import Fields, double_cover
+from nn_layers import transport_pad
 
 SMOOTHNESS = 5.0
 
@@ -46,6 +47,19 @@ def displace(images: Tensor, along: Tensor, across: Tensor) -> Tensor:
     return F.grid_sample(cover, grid.to(images.dtype), mode="bicubic", align_corners=True).clamp(0, 1)
 
 
+def thicken(images: Tensor, amounts: Tensor) -> Tensor:
+    """Strokes made thicker or thinner: part of the way to the maximum, or the minimum, over each pixel and its eight neighbours.
+
+    Args:
+        images: scalar fields ``(N, 1, W, L)`` with values in [0, 1].
+        amounts: ``(N,)`` in -1 … 1, negative for the minimum.
+    """
+    padded = transport_pad(images, 1, SCALAR)
+    largest, smallest = F.max_pool2d(padded, 3, stride=1), -F.max_pool2d(-padded, 3, stride=1)
+    amounts = amounts[:, None, None, None].to(images.dtype)
+    return images + torch.where(amounts > 0, amounts * (largest - images), amounts * (images - smallest))
+
+
 def centre(images: Tensor) -> Tensor:
     """Where along the strip the values are, ``(N,)`` in 0 … L: the mean direction on a circle of L columns, each in its middle."""
     length = images.shape[3]
@@ -55,25 +69,30 @@ def centre(images: Tensor) -> Tensor:
 
 
 class RandomDeformation:
-    """Draws deformations and applies them.
+    """Draws deformations and stroke widths, and applies them.
 
     A digit is deformed where it is, not moved along the strip: what a deformation would move its `centre` is taken off.
     Across the strip it may move too.
 
     Args:
         strength: root mean square of either component of the displacement, in pixels, before it is taken off; up to about 2.
+        stroke_width: `thicken` is given amounts that are uniform between minus this and this, 0 … 1.
         smoothness: standard deviation of the Gaussian that smooths the noise, in pixels; a positive number up to L.
         size: W and L.
         device: on which images live.
 
     Raises:
-        ValueError: for a strength or a smoothness that is not allowed.
+        ValueError: for an argument that is not allowed.
     """
 
-    def __init__(self, strength: float, smoothness: float = SMOOTHNESS, size: tuple[int, int] = (WIDTH, LENGTH), device="cpu") -> None:
+    def __init__(self, strength: float, stroke_width: float = 0.0, smoothness: float = SMOOTHNESS,
+                 size: tuple[int, int] = (WIDTH, LENGTH), device="cpu") -> None:
         width, length = size
+        if not 0 <= stroke_width <= 1:
+            raise ValueError(f"stroke_width must be a number of 0 … 1, got {stroke_width}")
         if not 0 <= strength < math.inf or not 0 < smoothness <= length:
             raise ValueError(f"strength must be a number of at least 0 and smoothness one in 0 … {length}, got {strength} and {smoothness}")
+        self.stroke_width = stroke_width
         # Wave numbers, in half waves across the strip (k) and along it (m), up to where smoothing leaves nothing.
         cutoff = 3 / (2 * math.pi * smoothness)  # in waves a pixel, exp(-9/2)
         k = torch.arange(math.ceil(2 * width * cutoff) + 1, dtype=torch.float64)[:, None]
@@ -92,21 +111,23 @@ class RandomDeformation:
         self._along = torch.cat([phases.cos(), phases.sin()]).float().to(device)  # (2 M, L)
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """Standard normal coefficients of n deformations, ``(n, 2, K, 2 M)``, on the generator's device."""
-        _, waves_across, waves_along = self._scales.shape
-        return torch.randn(n, 2, waves_across, 2 * waves_along, generator=generator, device=generator.device)
+        """Random numbers for n images, ``(n, D)``, on the generator's device: standard normal ones, and one uniform on -1 … 1."""
+        modes = self._scales[0].numel()
+        normal = torch.randn(n, 4 * modes, generator=generator, device=generator.device)
+        return torch.cat([normal, 2 * torch.rand(n, 1, generator=generator, device=generator.device) - 1], dim=1)
 
-    def displacements(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    def displacements(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """The components along and across the strip, ``(N, W, L)``, in pixels."""
-        scaled = coefficients * torch.cat([self._scales, self._scales], dim=2)
-        return torch.einsum("nikm,kw,ml->inwl", scaled, self._across, self._along).unbind(0)
+        scales = torch.cat([self._scales, self._scales], dim=2)  # of cosines and sines
+        return torch.einsum("nikm,kw,ml->inwl", drawn[:, :-1].view(-1, *scales.shape) * scales, self._across, self._along).unbind(0)
 
-    def __call__(self, images: Tensor, coefficients: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, drawn: Tensor) -> Tensor:
         """Deformed images, ``(N, 1, W, L)`` as given, in the same range of values."""
-        length = images.shape[3]
-        along, across = self.displacements(coefficients.to(images.device))
+        drawn, length = drawn.to(images.device), images.shape[3]
+        along, across = self.displacements(drawn)
         before = centre(images)
         for _ in range(2):  # what is left is below a tenth of a pixel, but for few digits
             moved = centre(displace(images, along, across)) - before
             along = along + ((moved + length / 2) % length - length / 2)[:, None, None]
-        return displace(images, along, across)
+        deformed = displace(images, along, across)
+        return thicken(deformed, self.stroke_width * drawn[:, -1]) if self.stroke_width else deformed

@@ -72,7 +72,7 @@ class Config:
     weight_decay: L2, Adam's own, on all parameters.
     lr_schedule: 'step': the learning rate lr is divided by lr_decay_factor after every lr_decay_period epochs (0: never);
         'cosine': it falls to 0 in half a wave. In the first warmup_epochs it rises to what it is after them.
-    deformation: strength of the random deformations of training digits, in pixels; see `deformation.RandomDeformation`.
+    deformation, stroke_width: of training digits, at random; see `deformation.RandomDeformation`.
     label_smoothing: part of the target, in training, that is spread over all classes.
     eval_freq: test after every so many epochs (0: only at the end).
     seed: of initialisation, order and dropout.
@@ -96,6 +96,7 @@ class Config:
     lr_schedule: str = "step"
     warmup_epochs: int = 0
     deformation: float = 0.0
+    stroke_width: float = 0.0
     label_smoothing: float = 0.0
     eval_freq: int = 1
     dataset: str = "mnist"
@@ -117,7 +118,7 @@ class Config:
             require(name, getattr(self, name) in list(allowed), f"one of {', '.join(allowed)}")
         for name in ("num_epochs", "batch_size", "lr_decay_period", "warmup_epochs", "eval_freq", "seed"):
             as_integer(getattr(self, name), name)
-        for name in ("dropout", "weight_decay", "lr", "lr_decay_factor", "deformation", "label_smoothing"):
+        for name in ("dropout", "weight_decay", "lr", "lr_decay_factor", "deformation", "stroke_width", "label_smoothing"):
             require(name, isinstance(getattr(self, name), (int, float)), "a number")
         for name in ("data", "mnist_root", "log_dir"):
             value = getattr(self, name)
@@ -136,6 +137,7 @@ class Config:
             require(name, is_used or getattr(self, name) == DEFAULTS[name], f"left out with lr_schedule {self.lr_schedule}")
         require("warmup_epochs", 0 <= self.warmup_epochs < self.num_epochs, "at least 0 and below num_epochs (a --recipe may have set it)")
         require("deformation", 0 <= self.deformation <= LARGEST_DEFORMATION, f"a number of pixels, 0 … {LARGEST_DEFORMATION}")
+        require("stroke_width", 0 <= self.stroke_width <= 1, "a number, 0 … 1")
         require("label_smoothing", 0 <= self.label_smoothing < 1, "a number of at least 0 and below 1")
         require("eval_freq", self.eval_freq >= 0, "at least 0 (0: only at the end)")
         require("seed", 0 <= self.seed < 2**63, "0 … 2**63 - 1")
@@ -303,7 +305,8 @@ class Run:
         self.random = self.global_random_states()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.steps = len(self.training_set.labels) // config.batch_size  # of an epoch
-        self.deform = RandomDeformation(config.deformation, device=self.device) if config.deformation else None
+        augmented = config.deformation or config.stroke_width
+        self.deform = RandomDeformation(config.deformation, config.stroke_width, device=self.device) if augmented else None
         self.result = {
             "status": "running",
             "config": config.protocol(),
@@ -601,7 +604,7 @@ RECIPES = {
     "paper": {},
     "improved": {
         "pooling": "polyphase", "dropout": 0.1, "batch_size": 64, "lr": 2e-3, "lr_schedule": "cosine", "warmup_epochs": 1,
-        "deformation": 1.0, "label_smoothing": 0.1,
+        "deformation": 0.8, "stroke_width": 0.35, "label_smoothing": 0.1,
     },
 }
 
@@ -646,6 +649,7 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
     add("lr_schedule", "of the learning rate: by steps, or cosine, to 0", choices=LR_SCHEDULES)
     add("warmup_epochs", "epochs in which the learning rate rises first", type=int, metavar="N")
     add("deformation", "strength of random deformations of training digits, in pixels", type=float, metavar="X")
+    add("stroke_width", "by how much strokes of training digits are thickened or thinned at random, 0 to 1", type=float, metavar="X")
     add("label_smoothing", "part of the target that is spread over all classes, in training", type=float, metavar="X")
     add("eval_freq", "test after every N epochs, 0: only at the end", type=int, metavar="N")
     add("dataset", "digits; where their npz is not in data/ yet, it is made", choices=SOURCES)

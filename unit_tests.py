@@ -2016,7 +2016,7 @@ class TestTrain(RunsCase):
         self.assertEqual(vars(config), vars(config) | {
             "train_mode": "centered", "test_mode": "both", "num_epochs": 20, "batch_size": 128, "weight_decay": 1e-6, "lr": 5e-3,
             "lr_decay_period": 4, "lr_decay_factor": 2, "eval_freq": 1, "dataset": "mnist", "device": "auto", "precision": "fp32",
-            "pooling": "fixed", "lr_schedule": "step", "warmup_epochs": 0, "deformation": 0, "dropout": 0.3, "label_smoothing": 0,
+            "pooling": "fixed", "lr_schedule": "step", "warmup_epochs": 0, "deformation": 0, "stroke_width": 0, "dropout": 0.3, "label_smoothing": 0,
         })
 
     def test_the_run_is_what_was_asked_for(self):
@@ -2133,7 +2133,7 @@ class TestTrain(RunsCase):
 
     def test_deformed_digits(self):
         """Those of each batch are deformed anew, with coefficients that come with the order; for the test they stay as they are."""
-        run = train.Run(self.config(deformation=1.5, batch_size=16))
+        run = train.Run(self.config(deformation=1.5, stroke_width=0.5, batch_size=16))
         digits, order, seen = run.training_set.images, torch.Generator().manual_seed(run.config.seed), []
         with contextlib.closing(run), mock.patch.object(run.model, "forward", side_effect=run.model.forward) as forward:
             run.train()
@@ -2316,6 +2316,7 @@ class TestTrain(RunsCase):
             (["--warmup_epochs", "-1"], ["warmup_epochs", "at least 0"]),
             (["--deformation", "-0.5"], ["deformation", "0 … 2"]),
             (["--deformation", "nan"], ["deformation", "0 … 2"]),
+            (["--stroke_width", "1.5"], ["stroke_width", "0 … 1"]),
             (["--resume", "nowhere", "--recipe", "improved"], ["leave out --recipe"]),
             (["--lr_decay_factor", "0.5"], ["lr_decay_factor", "at least 1"]),
             (["--eval_freq", "-1"], ["eval_freq"]),
@@ -2406,7 +2407,7 @@ class TestCheckpoints(RunsCase):
         self.finish(self.config(num_epochs=3, seed=1), stop_after=1)
         stopped = self.finish(self.config(num_epochs=3), stop_after=2)
         stored = json.loads((stopped / "result.json").read_text())
-        for name in ("pooling", "dropout", "lr_schedule", "warmup_epochs", "deformation", "label_smoothing"):  # as before there were these
+        for name in ("pooling", "dropout", "lr_schedule", "warmup_epochs", "deformation", "stroke_width", "label_smoothing"):  # as before there were these
             del stored["config"][name]
         run_folder.write_json(stopped / "result.json", stored)
         self.finish(self.config(num_epochs=3, data=str(write_npz(self.folder / "other.npz", 16, 8))), stop_after=1)
@@ -2665,8 +2666,8 @@ class TestDeformation(Case):
         """Of white noise on the strip, smoothed by a Gaussian: that on the plane, of all images of a place under the reflections at
         the edges and the turns of the strip, which change the sign of the component across it; and without the mean along it."""
         width, length, sigma = 6, 8, 1.5
-        deform = deformation.RandomDeformation(1.0, sigma, size=(width, length))
-        units = torch.eye(math.prod(deform.draw(1, torch.Generator()).shape)).view(-1, *deform.draw(1, torch.Generator()).shape[1:])
+        deform = deformation.RandomDeformation(1.0, smoothness=sigma, size=(width, length))
+        units = torch.eye(deform.draw(1, torch.Generator()).shape[1])
         w, l = torch.meshgrid(torch.arange(width, dtype=DOUBLE), torch.arange(length, dtype=DOUBLE), indexing="ij")
         for component, sign in zip(deform.displacements(units), (1, -1)):
             basis = component.double().flatten(1)
@@ -2690,14 +2691,16 @@ class TestDeformation(Case):
 
     def test_strength(self):
         for strength, smoothness in ((1.0, 5.0), (0.5, 3.0)):
-            deform = deformation.RandomDeformation(strength, smoothness)
+            deform = deformation.RandomDeformation(strength, smoothness=smoothness)
             fields = torch.stack(deform.displacements(deform.draw(4000, torch.Generator().manual_seed(0))))
             for component in fields:
                 self.assertAlmostEqual(component.square().mean().sqrt().item(), strength, delta=0.03 * strength)
                 self.assertAlmostEqual(component.mean().item(), 0, delta=0.05 * strength)
         for bad in ((-1, 5), (math.nan, 5), (1, 0), (1, 200), (1, math.nan)):
             with self.assertRaisesRegex(ValueError, "strength must be a number"):
-                deformation.RandomDeformation(*bad)
+                deformation.RandomDeformation(bad[0], smoothness=bad[1])
+        with self.assertRaisesRegex(ValueError, "stroke_width must be"):
+            deformation.RandomDeformation(1, 1.1)
 
     def test_digits_stay_where_they_are(self):
         """Along the strip, wherever they lie on it; without the correction they do not."""
@@ -2719,6 +2722,24 @@ class TestDeformation(Case):
             self.assertGreater(moved(images, plain).abs().mean().item(), 0.2)
         blank = deform(torch.zeros(2, 1, 28, 28), coefficients[:2])
         self.assertTrue(torch.equal(blank, torch.zeros(2, 1, 28, 28)))
+
+    def test_thicken(self):
+        x = torch.zeros(1, 1, 5, 6)
+        x[0, 0, 1:4, 0] = 1  # a stroke of three pixels, right at the cut
+        for amount, width, middle in ((1.0, 3 * 5, 1.0), (0.5, 3 + 0.5 * 12, 1.0), (-0.5, 1.5, 0.5), (0.0, 3, 1.0)):
+            y = deformation.thicken(x, torch.tensor([amount]))
+            self.assertAlmostEqual(y.sum().item(), width)
+            self.assertAlmostEqual(y[0, 0, 2, 0].item(), middle)
+            for shift in all_shifts(6):
+                moved = deformation.thicken(isometry_action(x, shift, (1, 0, 0)), torch.tensor([amount]))
+                self.assertTrue(torch.equal(moved, isometry_action(y, shift, (1, 0, 0))))
+        # Drawn on either side alike, and to the whole amount.
+        deform = deformation.RandomDeformation(0.0, 0.4)
+        grey = torch.full((2000, 1, 28, 28), 0.5)
+        grey[..., 14, 14] = 1
+        changed = deform(grey, deform.draw(2000, torch.Generator().manual_seed(0)))[:, 0, 14, 13] - 0.5
+        self.assertTrue((changed > -1e-4).all() and (changed < 0.2001).all() and changed.max() > 0.19)
+        self.assertAlmostEqual((changed < 1e-4).double().mean().item(), 0.5, delta=0.04)
 
     def test_centre(self):
         x = torch.zeros(1, 1, 4, 10)
@@ -2897,7 +2918,7 @@ class TestReproduce(RunsCase):
         # Every setting that makes a difference makes another file, whatever its value.
         other = {"num_epochs": 3, "batch_size": 8, "weight_decay": 0.1, "lr": 0.1, "lr_decay_period": 1, "lr_decay_factor": 3,
                  "precision": "bf16", "test_mode": "shifted", "dataset": "digits", "pooling": "polyphase", "lr_schedule": "cosine",
-                 "warmup_epochs": 1, "deformation": 0.5, "dropout": 0.1, "label_smoothing": 0.1}
+                 "warmup_epochs": 1, "deformation": 0.5, "stroke_width": 0.2, "dropout": 0.1, "label_smoothing": 0.1}
         self.assertEqual(set(train.Config("mobius_regular").protocol()) - {"model", "train_mode", "seed", "eval_freq"}, set(other))
         configs = [train.Config("mobius_regular", **{key: value}) for key, value in 
                    (other | {"data": "my.npz", "train_mode": "shifted", "seed": 1}).items()]
