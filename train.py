@@ -54,6 +54,8 @@ EVAL_OPTIONS = ("model", "pooling", "test_mode", "dataset", "data", "mnist_root"
 PLACES = ("data", "mnist_root", "device", "log_dir", "tensorboard")
 # Of the others, those that change what is told of a run, not its outcome.
 REPORTING = ("eval_freq",)
+# What the first line of a run's log tells.
+TOLD = ("model", "train_mode", "dataset", "precision", "seed")
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,9 @@ class Config:
         require("lr_decay_factor", 1 <= self.lr_decay_factor < math.inf, "a number of at least 1")
         for name in ("lr_decay_period", "lr_decay_factor"):
             is_used = self.lr_schedule == "step"
-            require(name, is_used or getattr(self, name) == DEFAULTS[name], f"left out with lr_schedule {self.lr_schedule}")
-        require("warmup_epochs", 0 <= self.warmup_epochs < self.num_epochs, "at least 0 and below num_epochs (a --recipe may have set it)")
+            require(name, is_used or getattr(self, name) == DEFAULTS[name],
+                    f"left out with lr_schedule {self.lr_schedule}, which recipe improved has too (--lr_schedule step uses it)")
+        require("warmup_epochs", 0 <= self.warmup_epochs < self.num_epochs, f"at least 0 and below num_epochs {self.num_epochs} (recipe improved has 1)")
         require("deformation", 0 <= self.deformation <= LARGEST_DEFORMATION, f"a number of pixels, 0 … {LARGEST_DEFORMATION}")
         require("stroke_width", 0 <= self.stroke_width <= 1, "a number, 0 … 1")
         require("label_smoothing", 0 <= self.label_smoothing < 1, "a number of at least 0 and below 1")
@@ -368,6 +371,9 @@ class Run:
             f"{config.model} ({result['parameters']:,} parameters) on {result['data']['train_digits']:,} {config.train_mode} "
             f"digits of {result['data']['file']}, {result['environment']['device']}, {config.precision}, seed {config.seed}"
         )
+        changed = {name: value for name, value in config.protocol().items() if name not in TOLD + REPORTING and value != DEFAULTS[name]}
+        if changed:
+            folder.say("not the paper's protocol: " + ", ".join(f"{name} {value}" for name, value in changed.items()))
         try:
             if self.epoch:
                 folder.say(f"continued after epoch {self.epoch} of {config.num_epochs}")
@@ -631,9 +637,8 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
 
     parser.add_argument(
         "--recipe", choices=RECIPES, default=argparse.SUPPRESS,
-        help="other defaults for some of the options below: " + "; ".join(
-            f"{recipe}: " + (" ".join(f"--{name} {value}" for name, value in settings.items()) or "none")
-            for recipe, settings in RECIPES.items()) + " (paper)",
+        help="other defaults for some of the options below (paper); " + "; ".join(
+            f"{recipe}: " + " ".join(f"--{name} {value}" for name, value in settings.items()) for recipe, settings in RECIPES.items() if settings),
     )
     add("model", "one of the seven", choices=MODELS, metavar="{" + ",".join(MODELS) + "}")
     add("pooling", "grid of the pooling windows: as published, or chosen by the data", choices=POOLINGS)
@@ -646,9 +651,9 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
     add("lr", "learning rate", type=float, metavar="X")
     add("lr_decay_period", "divide the learning rate after every N epochs, 0: never", type=int, metavar="N")
     add("lr_decay_factor", "by this", type=float, metavar="X")
-    add("lr_schedule", "of the learning rate: by steps, or cosine, to 0", choices=LR_SCHEDULES)
+    add("lr_schedule", "of the learning rate: down by steps, or as a cosine to 0", choices=LR_SCHEDULES)
     add("warmup_epochs", "epochs in which the learning rate rises first", type=int, metavar="N")
-    add("deformation", "strength of random deformations of training digits, in pixels", type=float, metavar="X")
+    add("deformation", "strength of random deformations of training digits, in pixels (root mean square), 0 to 2", type=float, metavar="X")
     add("stroke_width", "by how much strokes of training digits are thickened or thinned at random, 0 to 1", type=float, metavar="X")
     add("label_smoothing", "part of the target that is spread over all classes, in training", type=float, metavar="X")
     add("eval_freq", "test after every N epochs, 0: only at the end", type=int, metavar="N")
@@ -750,7 +755,11 @@ def evaluate_checkpoint(file, options: dict) -> str:
     if "dataset" in options:
         options = {"data": None, "mnist_root": None} | options
     if Path(file).is_dir():
-        file = Path(file) / "checkpoint.pt"
+        # Of a finished run of reproduce.py, the weights are left.
+        folder, file = Path(file), Path(file) / "checkpoint.pt"
+        if not file.exists() and (folder / "weights.pt").exists() and (folder / "result.json").exists():
+            file = folder / "weights.pt"
+            options = {"model": read_result(folder / "result.json")["config"]["model"]} | options
     weights = read_weights(file)
     trained = ""
     if "format" in weights:

@@ -2170,7 +2170,8 @@ class TestTrain(RunsCase):
         followed = train.follow_recipe({"model": "mobius_regular", "recipe": "improved", "lr": 0.1})
         self.assertEqual(followed, train.RECIPES["improved"] | {"model": "mobius_regular", "lr": 0.1})
         self.assertEqual(train.follow_recipe({"seed": 1, "recipe": "paper"}), {"seed": 1})
-        self.main(train, *self.options("--recipe", "improved", "--batch_size", "16", "--num_epochs", "2"))
+        printed = self.main(train, *self.options("--recipe", "improved", "--batch_size", "16", "--num_epochs", "2"))
+        self.assertIn("not the paper's protocol: pooling polyphase, dropout 0.1, num_epochs 2, batch_size 16, lr 0.002", printed)
         (path,) = (self.folder / "logs").glob("*/result.json")
         stored = json.loads(path.read_text())["config"]
         self.assertEqual(stored, stored | train.RECIPES["improved"] | {"batch_size": 16})
@@ -3181,6 +3182,9 @@ class TestReproduce(RunsCase):
         self.assertEqual(len(row["first_changed"]), min(row["changed"], 100))
         self.main(reproduce, *options, "--pooling", "polyphase")
         self.assertIn(", 100 % of the predictions", self.main(reproduce, *options, "--pooling", "polyphase", "--error_against_shift"))
+        (folder,) = (self.folder / "results" / "logs").glob("*polyphase*")
+        printed = self.main(train, "--eval_only", "--checkpoint", folder, "--data", self.data, "--device", "cpu")  # its checkpoint is deleted
+        self.assertIn("mobius_regular, polyphase pooling, ", printed)
         row, ours = json.loads(path.read_text())["rows"]
         self.assertEqual((ours["settings"]["pooling"], ours["changed"], ours["first_changed"]), ("polyphase", 0, []))
         with mock.patch("reproduce.predict_at_every_shift", side_effect=AssertionError):  # it is there already
@@ -3459,7 +3463,7 @@ class TestReadme(FilesCase):
 
     def test_parameters(self):
         for name, count in TestModels.PARAMETERS.items():
-            (row,) = [row for row in self.rows(f"`{name}`") if len(row) == 4]
+            (row,) = [row for row in self.rows(f"`{name}`") if len(row) == 4 and not row[1].startswith("`")]
             self.assertEqual(row[3], f"{count:,}")
             if name.startswith("mobius"):
                 base = MODES[name.removeprefix("mobius_")]
@@ -3512,6 +3516,41 @@ class TestReadme(FilesCase):
         for line in lines[:lines.index("Not the paper's protocol: precision bf16")]:
             self.assertTrue(line in shown, line)
         self.assertEqual(len([line for line in lines if line.startswith("| `")]), 14)
+
+    def test_pooling_and_recipe(self):
+        """The tables on polyphase pooling and on the recipe, from the files."""
+        def cell(model, train_mode, version, runs, **options):
+            study, _ = reproduce.plan({"runs": runs, "models": [model], "train_modes": [train_mode], "parallel_seeds": 1,
+                                       "results": str(ROOT / "results"), "precision": "bf16", **options})
+            return reproduce.Cell(study, model, train_mode, version)
+
+        def shown(cell):
+            return f"{cell.mean:.2f}" + (f" ± {cell.std:.2f}" if cell.n > 1 else "") + f" ({cell.n})"
+
+        for model, pooling in itertools.product(("mobius_regular", "mobius_mixed"), POOLINGS):
+            (row,) = [row for row in self.rows(f"`{model}`") if row[1] == f"`{pooling}`"]
+            self.assertEqual(row[2:], [shown(cell(model, mode, "shifted", 3, pooling=pooling)) for mode in train.TRAIN_MODES])
+        for recipe in train.RECIPES:
+            (row,) = self.rows(f"`--recipe {recipe}`")
+            of_recipe = [cell("mobius_regular", "centered", version, 5, recipe=recipe) for version in ("shifted", "centered")]
+            self.assertEqual(row[1:], [*map(shown, of_recipe), ", ".join(f"{error:.2f}" for error in of_recipe[0].errors)])
+            for config in reproduce.plan({"runs": 5, "models": ["mobius_regular"], "train_modes": ["centered"], "parallel_seeds": 1,
+                                          "results": str(ROOT / "results"), "precision": "bf16", "recipe": recipe})[0].finished():
+                name = reproduce.run_name(config)  # which a recipe of other settings could bear too
+                self.assertEqual(reproduce.Study([config]).result(config)["status"], "finished", name)
+        for row in json.loads((ROOT / "results" / "error_against_shift.json").read_text())["rows"]:
+            settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
+            (cells,) = [cells for cells in self.rows(f"`{row['model']}`") if cells[1] == str(row["seed"]) and cells[2] == settings]
+            self.assertEqual(cells[3:], [f"{row['changed']:,} of {row['predictions']:,}", reproduce.consistency(row),
+                                         f"{min(row['errors']):.2f} … {max(row['errors']):.2f} %"])
+        rows = json.loads((ROOT / "results" / "benchmark_pooling.json").read_text())["rows"]
+        for model in MODELS:
+            ratios = {row["precision"]: row for row in rows if row["model"] == model}
+            expected = [f"{ratios[precision][task]['ratio']:.2f}" for task in ("step", "infer") for precision in train.PRECISIONS]
+            self.assertIn([f"`{model}`", *expected], [row for row in self.rows(f"`{model}`") if len(row) == 5])
+        for run in json.loads((ROOT / "results" / "recipe_search.json").read_text())["runs"]:
+            self.assertIn([f"{run['lr']:g}", f"{run['deformation']}", f"{run['label_smoothing']:g}", f"{run['dropout']}", run["besides"],
+                           f"{run['error']:.2f}", f"{run['loss']:.4f}"], [row[1:] for row in self.rows(str(run["batch_size"]))])
 
     def test_pictures(self):
         """All that visualize.py draws is there and shown, and drawn from networks whose runs are there."""

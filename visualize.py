@@ -39,9 +39,12 @@ def error_against_shift(rows: list[dict]):
     for row in rows:
         settings = "".join(f", {name} {value}" for name, value in row.get("settings", {}).items())
         groups.setdefault((row["model"], settings, row["train_mode"]), []).append(row["errors"])
+    lines = {}  # of each model, in the order of its settings
     for (model, settings, train_mode), errors in sorted(groups.items(), key=lambda group: list(LABELS).index(group[0][0])):
         means = [sum(column) / len(column) for column in zip(*errors)]
-        axes.plot(range(len(means)), means, marker="o", markersize=3, linestyle="--" if settings else "-", color=COLOURS[model],
+        style = lines[model] = (lines.get(model, -1) + 1) % 4
+        axes.plot(range(len(means)), means, color=COLOURS[model], markersize=3 + style % 2, marker="os^x"[style],
+                  markerfacecolor="none" if style % 2 else COLOURS[model], linestyle=("-", "--", ":", "-.")[style],
                   label=f"{LABELS[model]}{settings}, trained on {train_mode} digits")
     length = len(rows[0]["errors"]) // 2
     axes.axvline(length, linewidth=1, linestyle=":", color="grey")
