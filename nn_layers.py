@@ -650,7 +650,7 @@ class MobiusPool(nn.Module):
         """By how much magnitudes in sign-flip fields may differ that would be equal without rounding, (N, 1, 1, 1)."""
         if not self.in_fields.sign or self.pooling == "fixed":
             return None
-        largest = torch.linalg.vector_norm(_sign_channels(x.detach(), self.in_fields), ord=torch.inf, dim=(1, 2, 3), keepdim=True)
+        largest = _sign_channels(x.detach(), self.in_fields).abs().amax(dim=(1, 2, 3), keepdim=True)  # not vector_norm: 20 times slower
         return 4 * _rounding(torch.promote_types(x.dtype, torch.float32)) * largest
 
     def _polyphase(self, x: Tensor) -> Tensor:
