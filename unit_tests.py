@@ -1486,8 +1486,9 @@ class TestExport(Case):
     def test_onnx(self):
         import onnxruntime
 
-        model, x = export(build_model("mobius_mixed").eval()), torch.rand(3, 1, 28, 28)
-        for dynamo in (False, True) if find_spec("onnxscript") else (False,):
+        x = torch.rand(3, 1, 28, 28)
+        for pooling, dynamo in itertools.product(POOLINGS, (False, True) if find_spec("onnxscript") else (False,)):
+            model = export(build_model("mobius_mixed", pooling=pooling).eval())
             with tempfile.TemporaryDirectory() as folder:
                 path = str(Path(folder) / "model.onnx")
                 with contextlib.redirect_stdout(io.StringIO()):
