@@ -2072,13 +2072,14 @@ class TestTrain(RunsCase):
         self.assertEqual(set(stored["epochs"][0]), keys)
         last = stored["epochs"][-1]
         self.assertEqual(stored["test_error"], {"shifted": last["test_error_shifted"], "centered": last["test_error_centered"]})
-        # The log is what was printed: a line for the run, one for each epoch, and the final errors.
+        # The log is what was printed: a line for the run, one for its settings, one for each epoch, and the final errors.
         self.assertEqual((folder / "log.txt").read_text(), printed)
         lines = printed.splitlines()
-        self.assertEqual(len(lines), 4)
+        self.assertEqual(len(lines), 5)
+        self.assertEqual(lines[1], "not the paper's protocol: num_epochs 2, batch_size 16")
         for version, error in stored["test_error"].items():
             self.assertIn(f"{version} {error:.2f} %", lines[-1])
-        self.assertRegex(lines[1], r"epoch  1/2 .*loss \d.*train error .*test error shifted .*, centered .* s$")
+        self.assertRegex(lines[2], r"epoch  1/2 .*loss \d.*train error .*test error shifted .*, centered .* s$")
         self.assertRegex(folder.name, r"^[\w.-]+$")
         # The final error is that of the saved weights.
         model = build_model("mobius_regular")
