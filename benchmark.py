@@ -59,7 +59,7 @@ class Candidate:
     """A model with its optimizer and a batch, ready to be timed."""
 
     def __init__(self, name: str, precision: str, batch_size: int, device: torch.device, pooling: str = "fixed") -> None:
-        self.name, self.precision, self.device, self.pooling = name, precision, device, pooling
+        self.name, self.precision, self.device = name, precision, device
         torch.manual_seed(0)
         self.model = (TextbookCNN() if name == TEXTBOOK else build_model(name, pooling=pooling)).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=5e-3, weight_decay=1e-6)

@@ -36,7 +36,7 @@ from models import MODELS
 from parallel_seeds import ParallelRuns
 from run_folder import BadCheckpoint, Busy, is_percentage, read_json, read_result, read_weights, say, write_json
 from train import (
-    DEFAULTS, RECIPES, REPORTING, TRAIN_MODES, Config, Data, Diverged, Run, add_train_options, describe_environment,
+    RECIPES, REPORTING, TRAIN_MODES, Config, Data, Diverged, Run, add_train_options, describe_environment,
     find_data, follow_recipe, keep_freed_memory, predict_at_every_shift, select_device, trained_model, with_defaults,
 )
 
@@ -65,14 +65,9 @@ NAMED = ("dataset", "model", "train_mode", "seed")
 OTHER_DEFAULTS = {"eval_freq": 0, "tensorboard": False}  # than train.py's
 
 
-def changed_settings(config: Config) -> dict:
-    """Every setting that matters to the final errors, is not in the first part of a run's name, and is not the paper's."""
-    return {name: value for name, value in config.protocol().items() if name not in NAMED + REPORTING and value != DEFAULTS[name]}
-
-
 def short_settings(config: Config) -> dict:
-    """`changed_settings`, with a recipe's name in place of its settings."""
-    changed = changed_settings(config)
+    """What is not the paper's and not in the first part of a run's name, with a recipe's name in place of its settings."""
+    changed = config.changed_settings(NAMED)
     for recipe, settings in RECIPES.items():
         if settings and settings.items() <= config.protocol().items():
             return {"recipe": recipe} | {name: value for name, value in changed.items() if name not in settings}
@@ -117,8 +112,9 @@ class Study:
             result = read_result(path)
         except ValueError as error:
             raise ValueError(f"{error}: move it away, and the run is trained again") from error
+        theirs = with_defaults(result["config"])
         for name, value in config.protocol().items():
-            found = result["config"].get(name, DEFAULTS.get(name))  # what it does not know had its default
+            found = theirs.get(name)
             if name not in REPORTING and found != value:
                 raise ValueError(f"{path} is of a run with {name} {found}, not {value}: move it away")
         if result["status"] != "finished" or any(version not in (result["test_error"] or {}) for version in config.test_versions):

@@ -159,6 +159,10 @@ class Config:
         """What is computed: all settings but the `PLACES`."""
         return {name: value for name, value in asdict(self).items() if name not in PLACES}
 
+    def changed_settings(self, told: tuple[str, ...]) -> dict:
+        """Every setting that matters to the final errors and is not the paper's, but those that are `told` otherwise."""
+        return {name: value for name, value in self.protocol().items() if name not in told + REPORTING and value != DEFAULTS[name]}
+
     @property
     def digits(self) -> str:
         """A word for the digits, for names of files."""
@@ -371,7 +375,7 @@ class Run:
             f"{config.model} ({result['parameters']:,} parameters) on {result['data']['train_digits']:,} {config.train_mode} "
             f"digits of {result['data']['file']}, {result['environment']['device']}, {config.precision}, seed {config.seed}"
         )
-        changed = {name: value for name, value in config.protocol().items() if name not in TOLD + REPORTING and value != DEFAULTS[name]}
+        changed = config.changed_settings(TOLD)
         if changed:
             folder.say("not the paper's protocol: " + ", ".join(f"{name} {value}" for name, value in changed.items()))
         try:

@@ -3457,7 +3457,7 @@ class TestReadme(FilesCase):
                 names = ", ".join(f"`{name}`" for name in action.option_strings)
                 rows = self.rows(names)
                 self.assertTrue(rows, f"{module.__name__} {names}")
-                default = (reproduce.DEFAULTS | {"recipe": "paper"}).get(action.dest) if action.default is argparse.SUPPRESS else action.default
+                default = (train.DEFAULTS | {"recipe": "paper"}).get(action.dest) if action.default is argparse.SUPPRESS else action.default
                 if type(default) in (int, float, str) and default != argparse.SUPPRESS and action.dest != "results":
                     shown = [row[1].strip("`") for row in rows]
                     self.assertTrue(any(value == str(default) or value.replace(".", "", 1).replace("e-", "", 1).isdigit()
