@@ -1,6 +1,6 @@
-"""Random deformations and stroke widths, to augment training digits without moving them along the strip.
+"""Random deformations, sizes and stroke widths, to augment training digits without moving them along the strip.
 
-    deform = RandomDeformation(strength=0.8, stroke_width=0.35)
+    deform = RandomDeformation(strength=0.6, stroke_width=0.35, scaling=0.1)
     images = deform(images, deform.draw(len(images), generator))
 
 A deformation takes each pixel's value from a place nearby. Its displacements are a vector field on the strip: seen from
@@ -23,6 +23,7 @@ from fields import Fields, double_cover
 from nn_layers import transport_pad
 
 SMOOTHNESS = 5.0
+LARGEST_SCALING = 0.5  # beyond, one digit in twenty is made larger than the strip, or smaller than a third
 
 
 def displace(images: Tensor, along: Tensor, across: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def centre(images: Tensor) -> Tensor:
 
 
 class RandomDeformation:
-    """Draws deformations and stroke widths, and applies them.
+    """Draws deformations, sizes and stroke widths, and applies them.
 
     A digit is deformed where it is, not moved along the strip: what a deformation would move its `centre` is taken off.
     Across the strip it may move too.
@@ -77,6 +78,8 @@ class RandomDeformation:
     Args:
         strength: root mean square of either component of the displacement, in pixels, before it is taken off; up to about 2.
         stroke_width: `thicken` is given amounts that are uniform between minus this and this, 0 … 1.
+        scaling: standard deviation of the logarithm of the factors by which a digit is scaled, about its centre along the strip and
+            about the middle of the strip across it, each by its own; 0 … 0.5.
         smoothness: standard deviation of the Gaussian that smooths the noise, in pixels; a positive number up to L.
         size: W and L.
         device: on which images live.
@@ -85,14 +88,16 @@ class RandomDeformation:
         ValueError: for an argument that is not allowed.
     """
 
-    def __init__(self, strength: float, stroke_width: float = 0.0, smoothness: float = SMOOTHNESS,
+    def __init__(self, strength: float, stroke_width: float = 0.0, scaling: float = 0.0, smoothness: float = SMOOTHNESS,
                  size: tuple[int, int] = (WIDTH, LENGTH), device="cpu") -> None:
         width, length = size
+        if not 0 <= scaling <= LARGEST_SCALING:
+            raise ValueError(f"scaling must be a number of 0 … {LARGEST_SCALING}, got {scaling}")
         if not 0 <= stroke_width <= 1:
             raise ValueError(f"stroke_width must be a number of 0 … 1, got {stroke_width}")
         if not 0 <= strength < math.inf or not 0 < smoothness <= length:
             raise ValueError(f"strength must be a number of at least 0 and smoothness one in 0 … {length}, got {strength} and {smoothness}")
-        self.stroke_width = stroke_width
+        self.stroke_width, self.scaling = stroke_width, scaling
         # Wave numbers, in half waves across the strip (k) and along it (m), up to where smoothing leaves nothing.
         cutoff = 3 / (2 * math.pi * smoothness)  # in waves a pixel, exp(-9/2)
         k = torch.arange(math.ceil(2 * width * cutoff) + 1, dtype=torch.float64)[:, None]
@@ -111,21 +116,28 @@ class RandomDeformation:
         self._along = torch.cat([phases.cos(), phases.sin()]).float().to(device)  # (2 M, L)
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """Random numbers for n images, ``(n, D)``, on the generator's device: standard normal ones, and one uniform on -1 … 1."""
-        modes = self._scales[0].numel()
-        normal = torch.randn(n, 4 * modes, generator=generator, device=generator.device)
+        """Random numbers for n images, ``(n, D)``, on the generator's device: standard normal ones, and the last uniform on -1 … 1."""
+        normal = torch.randn(n, 4 * self._scales[0].numel() + 2, generator=generator, device=generator.device)
         return torch.cat([normal, 2 * torch.rand(n, 1, generator=generator, device=generator.device) - 1], dim=1)
 
     def displacements(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """The components along and across the strip, ``(N, W, L)``, in pixels."""
+        """The components along and across the strip, ``(N, W, L)``, in pixels; without what scaling adds to them."""
         scales = torch.cat([self._scales, self._scales], dim=2)  # of cosines and sines
-        return torch.einsum("nikm,kw,ml->inwl", drawn[:, :-1].view(-1, *scales.shape) * scales, self._across, self._along).unbind(0)
+        return torch.einsum("nikm,kw,ml->inwl", drawn[:, :-3].view(-1, *scales.shape) * scales, self._across, self._along).unbind(0)
 
     def __call__(self, images: Tensor, drawn: Tensor) -> Tensor:
         """Deformed images, ``(N, 1, W, L)`` as given, in the same range of values."""
-        drawn, length = drawn.to(images.device), images.shape[3]
+        drawn, (width, length) = drawn.to(images.device), images.shape[2:]
         along, across = self.displacements(drawn)
         before = centre(images)
+        if self.scaling:
+            # What is shown at a distance from the centre stood at this distance divided by the factor.
+            shrink_along, shrink_across = torch.exp(-self.scaling * drawn[:, -3:-1]).T[:, :, None, None]
+            columns, rows = (torch.arange(n, device=images.device) + 0.5 for n in (length, width))
+            from_centre = ((columns - before[:, None] + length / 2) % length - length / 2)[:, None, :]
+            from_middle = rows[:, None] - width / 2
+            along = shrink_along * (from_centre + along) - from_centre
+            across = shrink_across * (from_middle + across) - from_middle
         for _ in range(2):  # what is left is below a tenth of a pixel, but for few digits
             moved = centre(displace(images, along, across)) - before
             along = along + ((moved + length / 2) % length - length / 2)[:, None, None]

@@ -630,16 +630,16 @@ class MobiusPool(nn.Module):
         """One column longer: behind the last column stands the first, over the cut."""
         return torch.cat([x, cross_cut(x.narrow(3, 0, 1), self.in_fields)], dim=3)
 
-    def _pool(self, x: Tensor, stride: int = 2) -> Tensor:
+    def _pool(self, x: Tensor, tolerance: Tensor | None = None, stride: int = 2) -> Tensor:
         """2 x 2 windows, their first columns `stride` apart."""
         if x.shape[2] % 2 == 0:
-            return self._windows(x, stride=(2, stride))
+            return self._windows(x, tolerance, stride=(2, stride))
         # max_pool2d's own padding is -inf and never wins. Halved first, the sum cannot overflow.
-        top, bottom = (self._windows(x, stride=(2, stride), **rest) for rest in ({"ceil_mode": True}, {"padding": (1, 0)}))
+        top, bottom = (self._windows(x, tolerance, stride=(2, stride), **rest) for rest in ({"ceil_mode": True}, {"padding": (1, 0)}))
         return top / 2 + bottom / 2
 
-    def _windows(self, x: Tensor, stride: tuple[int, int], padding: tuple[int, int] = (0, 0), ceil_mode: bool = False) -> Tensor:
-        tolerance = self._tolerance(x)
+    def _windows(self, x: Tensor, tolerance: Tensor | None, stride: tuple[int, int], padding: tuple[int, int] = (0, 0),
+                 ceil_mode: bool = False) -> Tensor:
         if self.in_fields.sign and is_plain(x):
             return _EquivMaxPool.apply(x, self.in_fields, tolerance, stride, padding, ceil_mode)
         alignment = {"stride": stride, "padding": padding, "ceil_mode": ceil_mode}
@@ -647,8 +647,11 @@ class MobiusPool(nn.Module):
         return map_pointwise(x, self.in_fields, partial(F.max_pool2d, kernel_size=2, **alignment), signed_max_pool)
 
     def _tolerance(self, x: Tensor) -> Tensor | None:
-        """By how much magnitudes in sign-flip fields may differ that would be equal without rounding, (N, 1, 1, 1)."""
-        if not self.in_fields.sign or self.pooling == "fixed":
+        """By how much magnitudes in sign-flip fields may differ that would be equal without rounding, (N, 1, 1, 1).
+
+        No isometry changes it.
+        """
+        if not self.in_fields.sign:
             return None
         largest = _sign_channels(x.detach(), self.in_fields).abs().amax(dim=(1, 2, 3), keepdim=True)  # not vector_norm: 20 times slower
         return 4 * _rounding(torch.promote_types(x.dtype, torch.float32)) * largest
@@ -663,18 +666,19 @@ class MobiusPool(nn.Module):
             raise ValueError(f"polyphase pooling compares norms, and takes floating point numbers, got {x.dtype}")
         # On a CPU, the gradient of a moved copy that is pooled on the fixed grid costs less than that of both phases.
         by_copy = x.device.type == "cpu" and is_plain(x) and x.requires_grad and torch.is_grad_enabled()
-        even, odd = self._phases(x.detach() if by_copy else x)
+        tolerance = self._tolerance(x)
+        even, odd = self._phases(x.detach() if by_copy else x, tolerance)
         begins_odd = self._begins_odd(x.detach(), _norm(even.detach()), _norm(odd.detach()))
         if by_copy:
-            return self._pool(_MoveSome.apply(x, begins_odd, self.in_fields, -1))
+            return self._pool(_MoveSome.apply(x, begins_odd, self.in_fields, -1), tolerance)
         return torch.where(begins_odd[:, None, None, None], odd, even)
 
-    def _phases(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _phases(self, x: Tensor, tolerance: Tensor | None) -> tuple[Tensor, Tensor]:
         """Pooled in windows that begin at the even and at the odd columns."""
         if x.shape[2] % 2 or x.requires_grad or not is_plain(x):
-            return self._pool(self._with_first_column(x), stride=1).unflatten(3, (-1, 2)).unbind(4)
+            return self._pool(self._with_first_column(x), tolerance, stride=1).unflatten(3, (-1, 2)).unbind(4)
         # The same values without max_pool2d, whose gradient among equals would be another.
-        tolerance, x = self._tolerance(x), self._with_first_column(x)
+        x = self._with_first_column(x)
 
         def of_windows(largest: Callable, x: Tensor) -> Tensor:
             rows = largest(x[:, :, 0::2], x[:, :, 1::2])

@@ -4,7 +4,7 @@
     result.json     configuration, versions and hardware, every epoch, the final test errors
     checkpoint.pt   all that the run needs to go on: configuration, weights, optimizer, random states, epochs so far
     weights.pt      state_dict
-    events.*        TensorBoard
+    events.*        TensorBoard: run_events.py
 
 Each but the log and the events is written beside its place and moved into it: it is of the last finished epoch, whole,
 whatever ended the run. A process holds the folder's lock while it writes there; with the process the lock goes.
@@ -45,17 +45,14 @@ class RunFolder:
 
     Args:
         path: of the folder.
-        tensorboard: whether to write events.
         verbose: whether `say` also prints.
 
     Raises:
         Busy: if another process has it.
         OSError: if it cannot be made, written or locked.
-        ValueError: if TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, path, *, tensorboard: bool = False, verbose: bool = True) -> None:
-        new_writer = summary_writer() if tensorboard else None
+    def __init__(self, path, *, verbose: bool = True) -> None:
         self.path, self.verbose = Path(path), verbose
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -73,8 +70,6 @@ class RunFolder:
         except OSError as error:
             self._log.close()
             raise OSError(f"cannot lock {path}, so that two processes could work in it: {error.strerror or error}") from error
-        # From the first epoch on: a continued run writes its past anew, and TensorBoard forgets what it had of it.
-        self._writer = new_writer(self.path, purge_step=1) if tensorboard else None
 
     def log(self, line: str) -> None:
         try:
@@ -86,17 +81,6 @@ class RunFolder:
         self.log(line)
         if self.verbose:
             say(line)
-
-    def scalars(self, values: dict[str, float], epoch: int) -> None:
-        if self._writer:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, epoch)
-            self._writer.flush()
-
-    def hyperparameters(self, settings: dict, errors: dict[str, float]) -> None:
-        if self._writer:
-            metrics = {f"final_error/{version}": error for version, error in errors.items()}
-            self._writer.add_hparams(settings, metrics, run_name=".")
 
     def save(self, checkpoint: dict) -> None:
         """The checkpoint, and what follows from it."""
@@ -115,18 +99,6 @@ class RunFolder:
 
     def close(self) -> None:
         self._log.close()
-        if self._writer:
-            self._writer.close()
-
-
-def summary_writer() -> type:
-    """TensorBoard's class. Raises ValueError if it is not installed."""
-    # Not at the head: it takes seconds, and -h and --no-tensorboard do without.
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(f"TensorBoard is not installed ({error}): take --no-tensorboard") from error
-    return SummaryWriter
 
 
 def _lock(file) -> None:

@@ -33,11 +33,12 @@ from tqdm import tqdm
 
 from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, Split, convert
 from data_loader import batches, load_dataset
-from deformation import RandomDeformation
+from deformation import LARGEST_SCALING, RandomDeformation
 from fields import as_integer, isometry_action
 from models import DROPOUT, MODELS, build_model, count_parameters
 from nn_layers import POOLINGS
-from run_folder import BadCheckpoint, Busy, RunFolder, new_folder, read_checkpoint, read_result, read_weights, say, summary_writer
+from run_events import RunEvents, summary_writer
+from run_folder import BadCheckpoint, Busy, RunFolder, new_folder, read_checkpoint, read_result, read_weights, say
 
 TRAIN_MODES = ("centered", "shifted")
 TEST_MODES = ("shifted", "centered", "both")
@@ -74,7 +75,7 @@ class Config:
     weight_decay: L2, Adam's own, on all parameters.
     lr_schedule: 'step': the learning rate lr is divided by lr_decay_factor after every lr_decay_period epochs (0: never);
         'cosine': it falls to 0 in half a wave. In the first warmup_epochs it rises to what it is after them.
-    deformation, stroke_width: of training digits, at random; see `deformation.RandomDeformation`.
+    deformation, stroke_width, scaling: of training digits, at random; see `deformation.RandomDeformation`.
     label_smoothing: part of the target, in training, that is spread over all classes.
     eval_freq: test after every so many epochs (0: only at the end).
     seed: of initialisation, order and dropout.
@@ -99,6 +100,7 @@ class Config:
     warmup_epochs: int = 0
     deformation: float = 0.0
     stroke_width: float = 0.0
+    scaling: float = 0.0
     label_smoothing: float = 0.0
     eval_freq: int = 1
     dataset: str = "mnist"
@@ -120,7 +122,7 @@ class Config:
             require(name, getattr(self, name) in list(allowed), f"one of {', '.join(allowed)}")
         for name in ("num_epochs", "batch_size", "lr_decay_period", "warmup_epochs", "eval_freq", "seed"):
             as_integer(getattr(self, name), name)
-        for name in ("dropout", "weight_decay", "lr", "lr_decay_factor", "deformation", "stroke_width", "label_smoothing"):
+        for name in ("dropout", "weight_decay", "lr", "lr_decay_factor", "deformation", "stroke_width", "scaling", "label_smoothing"):
             require(name, isinstance(getattr(self, name), (int, float)), "a number")
         for name in ("data", "mnist_root", "log_dir"):
             value = getattr(self, name)
@@ -141,6 +143,7 @@ class Config:
         require("warmup_epochs", 0 <= self.warmup_epochs < self.num_epochs, f"at least 0 and below num_epochs {self.num_epochs} (recipe improved has 1)")
         require("deformation", 0 <= self.deformation <= LARGEST_DEFORMATION, f"a number of pixels, 0 … {LARGEST_DEFORMATION}")
         require("stroke_width", 0 <= self.stroke_width <= 1, "a number, 0 … 1")
+        require("scaling", 0 <= self.scaling <= LARGEST_SCALING, f"a number, 0 … {LARGEST_SCALING}")
         require("label_smoothing", 0 <= self.label_smoothing < 1, "a number of at least 0 and below 1")
         require("eval_freq", self.eval_freq >= 0, "at least 0 (0: only at the end)")
         require("seed", 0 <= self.seed < 2**63, "0 … 2**63 - 1")
@@ -287,11 +290,11 @@ class Run:
         if config.batch_size > digits:
             raise ValueError(f"batch_size must be at most the {digits} training digits of {data.file}, got {config.batch_size}")
 
+        if config.tensorboard:
+            summary_writer()  # before a folder is made in vain
         if folder is None:
-            if config.tensorboard:
-                summary_writer()  # before a folder is made in vain
             folder = new_folder(config.log_dir, f"{config.digits}-{config.model}-{config.train_mode}-seed{config.seed}")
-        self.folder = RunFolder(folder, tensorboard=config.tensorboard, verbose=verbose)
+        self.folder, self.events = RunFolder(folder, verbose=verbose), None
         try:
             self._begin(data)
             # Under the folder's lock: nobody else moves the checkpoint on now.
@@ -312,8 +315,8 @@ class Run:
         self.random = self.global_random_states()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.steps = len(self.training_set.labels) // config.batch_size  # of an epoch
-        augmented = config.deformation or config.stroke_width
-        self.deform = RandomDeformation(config.deformation, config.stroke_width, device=self.device) if augmented else None
+        amounts = config.deformation, config.stroke_width, config.scaling
+        self.deform = RandomDeformation(*amounts, device=self.device) if any(amounts) else None
         self.result = {
             "status": "running",
             "config": config.protocol(),
@@ -342,6 +345,8 @@ class Run:
 
     def close(self) -> None:
         self.folder.close()
+        if self.events:
+            self.events.close()
 
     def train(self, after_epoch: Callable[[], None] = lambda: None) -> dict:
         """Train and test, write the run's files, and return the result as it stands in result.json.
@@ -383,13 +388,14 @@ class Run:
                 folder.say(f"continued after epoch {self.epoch} of {config.num_epochs}")
                 if describe_environment(self.device) != result["environment"]:
                     folder.say("not with the versions, hardware and threads of its beginning: rounding may differ")
-                for record in result["epochs"]:
-                    self._write_events(record)
                 folder.save(self.checkpoint())  # as in `train`
             else:
                 folder.save_result(result)
+            if config.tensorboard:
+                self._begin_events()
             yield
-            folder.hyperparameters({name: v for name, v in asdict(config).items() if v is not None}, result["test_error"])
+            if config.tensorboard:
+                self._end_events()
             folder.say(f"test error: {self._format_errors(result['epochs'][-1])}  ({result['seconds']:.0f} s, {folder.path})")
         except KeyboardInterrupt:
             self.stop("interrupted")
@@ -545,13 +551,36 @@ class Run:
         if errors:
             line += f"test error {errors}  "
         self.folder.say(f"{line}{record['seconds']:.1f} s")
-        self._write_events(record)
+        if self.events:
+            self._write_scalars(record)
+            self.events.kernels(self.model, record["epoch"])
 
-    def _write_events(self, record: dict) -> None:
+    def _begin_events(self) -> None:
+        self.events = RunEvents(self.folder.path, self.epoch)
+        for record in self.result["epochs"][-1 if self.events.complete else 0:]:
+            self._write_scalars(record)
+        if self.epoch == 0:
+            self.events.digits(f"{self.config.train_mode} training", self.training_set)
+            for version, test_set in self.test_sets.items():
+                self.events.digits(f"{version} test", test_set)
+        self.events.kernels(self.model, self.epoch)
+
+    def _write_scalars(self, record: dict) -> None:
         tags = {"lr": "lr", "train_loss": "loss/train", "train_error": "error/train"}
         for version in self.test_sets:
             tags |= {f"test_{kind}_{version}": f"{kind}/test_{version}" for kind in ("loss", "error")}
-        self.folder.scalars({tags[key]: value for key, value in record.items() if key in tags}, record["epoch"])
+        self.events.scalars({tags[key]: value for key, value in record.items() if key in tags}, record["epoch"])
+
+    def _end_events(self) -> None:
+        config, events = self.config, self.events
+        for version, test_set in self.test_sets.items():
+            events.misclassified(version, test_set, predict(self.model, test_set.images, config.precision), self.epoch)
+        test_set = list(self.test_sets.values())[-1]  # of centered digits, if there is one
+        images, labels = (part[:max(50, len(part) // 20)] for part in test_set)  # to move all by all isometries would take too long
+        errors = 100 * (predict_at_every_shift(self.model, images) != labels).double().mean(1)
+        row = {"model": config.model, "settings": config.changed_settings(TOLD), "train_mode": config.train_mode, "errors": errors.tolist()}
+        events.error_against_shift(row, self.epoch)
+        events.hyperparameters({name: v for name, v in asdict(config).items() if v is not None}, self.result["test_error"])
 
     def stop(self, status: str, reason: str | None = None) -> None:
         """Log and write down why the run ends before its time."""
@@ -589,17 +618,19 @@ def evaluate(model: nn.Module, split: Split, precision: str = "fp32") -> tuple[f
 
 
 @torch.no_grad()
+def predict(model: nn.Module, images: Tensor, precision: str = "fp32") -> Tensor:
+    """Classes of images, int64 (n,). The model is left in eval mode."""
+    model.eval()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return torch.cat([model(part).argmax(1) for part in images.split(EVAL_BATCH_SIZE)])
+
+
 def predict_at_every_shift(model: nn.Module, images: Tensor) -> Tensor:
     """Classes that a model predicts for images moved by each of the strip's 2L isometries, int64 (2L, n).
 
     In float32: bfloat16 would change predictions by itself. The model is left in eval mode.
     """
-    model.eval()
-    predictions = []
-    for shift in range(2 * LENGTH):
-        moved = isometry_action(images, shift, SCALAR)
-        predictions.append(torch.cat([model(part).argmax(1) for part in moved.split(EVAL_BATCH_SIZE)]))
-    return torch.stack(predictions)
+    return torch.stack([predict(model, isometry_action(images, shift, SCALAR)) for shift in range(2 * LENGTH)])
 
 
 DEFAULTS = {field.name: field.default for field in dataclass_fields(Config) if field.name != "model"}
@@ -659,6 +690,8 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
     add("warmup_epochs", "epochs in which the learning rate rises first", type=int, metavar="N")
     add("deformation", "strength of random deformations of training digits, in pixels (root mean square), 0 to 2", type=float, metavar="X")
     add("stroke_width", "by how much strokes of training digits are thickened or thinned at random, 0 to 1", type=float, metavar="X")
+    add("scaling", "by how much training digits are made larger or smaller at random, as a standard deviation (0.1: by a tenth), 0 to 0.5",
+        type=float, metavar="X")
     add("label_smoothing", "part of the target that is spread over all classes, in training", type=float, metavar="X")
     add("eval_freq", "test after every N epochs, 0: only at the end", type=int, metavar="N")
     add("dataset", "digits; where their npz is not in data/ yet, it is made", choices=SOURCES)
@@ -758,6 +791,28 @@ def evaluate_checkpoint(file, options: dict) -> str:
         raise ValueError("--eval_only takes a --checkpoint FILE")
     if "dataset" in options:
         options = {"data": None, "mnist_root": None} | options
+    model, config, trained = load_network(file, options)
+    device = select_device(config.device)
+    data = find_data(config, device)
+    model.to(device)
+    errors = []
+    for version in config.test_versions:
+        split = data.splits[f"test_{version}"]
+        errors.append(f"{version} {evaluate(model, split, config.precision)[1]:.2f} %")
+    network = f"{config.model}, {config.pooling} pooling{trained}"
+    return f"{network}, {len(split.labels):,} test digits of {data.file}: test error {', '.join(errors)}"
+
+
+def load_network(file, options: dict) -> tuple[nn.Module, Config, str]:
+    """A trained network, its configuration, and after how many epochs that was, in words where the file tells.
+
+    Args:
+        file: a checkpoint.pt, a model's weights, or a run's folder with one of them.
+        options: what is to be otherwise than in the file; of weights alone, what it does not tell.
+
+    Raises:
+        ValueError, OSError: for a file or an option that do not fit.
+    """
     if Path(file).is_dir():
         # Of a finished run of reproduce.py, the weights are left.
         folder, file = Path(file), Path(file) / "checkpoint.pt"
@@ -779,16 +834,7 @@ def evaluate_checkpoint(file, options: dict) -> str:
         with contextlib.suppress(ValueError, OSError):  # in a run's folder, its result tells
             options = {"pooling": read_result(Path(file).with_name("result.json"))["config"]["pooling"]} | options
         config = Config(**options)
-    device = select_device(config.device)
-    model = trained_model(config, weights, file)
-    data = find_data(config, device)
-    model.to(device)
-    errors = []
-    for version in config.test_versions:
-        split = data.splits[f"test_{version}"]
-        errors.append(f"{version} {evaluate(model, split, config.precision)[1]:.2f} %")
-    network = f"{config.model}, {config.pooling} pooling{trained}"
-    return f"{network}, {len(split.labels):,} test digits of {data.file}: test error {', '.join(errors)}"
+    return trained_model(config, weights, file), config, trained
 
 
 def main(argv=None) -> None:

@@ -36,6 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
+import matplotlib.colors
 import numpy as np
 import torch
 import torch.nn as nn
@@ -48,7 +49,9 @@ import convert_mnist
 import data_loader
 import deformation
 import parallel_seeds
+import pictures
 import reproduce
+import run_events
 import run_folder
 import spectral
 import train
@@ -584,7 +587,7 @@ class TestPolyphasePooling(Case):
     def phase(x, fields) -> torch.Tensor:
         """0 or 1 of each sample: which grid its windows are on. From outside it cannot always be seen: both can give the same."""
         pool = MobiusPool(fields, "polyphase")
-        return pool._begins_odd(x, *map(_norm, pool._phases(x))).long()
+        return pool._begins_odd(x, *map(_norm, pool._phases(x, pool._tolerance(x)))).long()
 
     def assertEquivariant(self, x, fields, gauge=True):
         """Under each of the isometries, sample by sample as the docstring of MobiusPool says, and under gauge transformations."""
@@ -635,8 +638,8 @@ class TestPolyphasePooling(Case):
         pool = MobiusPool((0, 1, 0), "polyphase")
         for window in itertools.permutations([2.0, -2.0, 1.0, -1.0]):
             x = torch.tensor(window).view(1, 1, 2, 2).requires_grad_()
-            self.assertEqual(pool._pool(x).item(), 0)
-            self.assertEqual(torch.autograd.grad(pool._pool(x).sum(), x)[0].abs().max().item(), 0)
+            self.assertEqual(pool._pool(x, pool._tolerance(x)).item(), 0)
+            self.assertEqual(torch.autograd.grad(pool._pool(x, pool._tolerance(x)).sum(), x)[0].abs().max().item(), 0)
         for fields, (width, length) in itertools.product([(0, 2, 0), (1, 2, 1)], self.EVEN):
             x = torch.randint(-2, 3, (20, channels(fields), width, length)).double()
             # Rounding on the way to them must not make them unequal.
@@ -662,7 +665,8 @@ class TestPolyphasePooling(Case):
     def test_ties(self):
         for fields in FIELDS:
             x = self.sparse(fields)
-            even, odd = map(_norm, MobiusPool(fields, "polyphase")._phases(x))
+            pool = MobiusPool(fields, "polyphase")
+            even, odd = map(_norm, pool._phases(x, pool._tolerance(x)))
             self.assertGreater(((even - odd).abs() <= 1e-12 * even).sum(), 3)
             for scale in (1, 0.3):  # with it, the sum of the same squares depends on their order
                 self.assertEquivariant(scale * x, fields)
@@ -2017,7 +2021,7 @@ class TestTrain(RunsCase):
         self.assertEqual(vars(config), vars(config) | {
             "train_mode": "centered", "test_mode": "both", "num_epochs": 20, "batch_size": 128, "weight_decay": 1e-6, "lr": 5e-3,
             "lr_decay_period": 4, "lr_decay_factor": 2, "eval_freq": 1, "dataset": "mnist", "device": "auto", "precision": "fp32",
-            "pooling": "fixed", "lr_schedule": "step", "warmup_epochs": 0, "deformation": 0, "stroke_width": 0, "dropout": 0.3, "label_smoothing": 0,
+            "pooling": "fixed", "lr_schedule": "step", "warmup_epochs": 0, "deformation": 0, "stroke_width": 0, "scaling": 0, "dropout": 0.3, "label_smoothing": 0,
         })
 
     def test_the_run_is_what_was_asked_for(self):
@@ -2097,9 +2101,38 @@ class TestTrain(RunsCase):
         for tag, key in expected.items():
             for event, record in zip(events.Scalars(tag), result["epochs"], strict=True):
                 self.assertAlmostEqual(event.value, record[key], places=3)
+        # The pictures: what the run works with, its kernels from before the first epoch on, and how it ends.
+        images = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+        self.assertEqual(images, {
+            **{f"digits/{name}": [0] for name in ("centered training", "shifted test", "centered test")},
+            "network/kernels of the first layer": [0, 1, 2], "network/error against shift": [2],
+            **{f"network/misclassified {version} test digits": [2] for version in ("shifted", "centered")},
+        })
         self.assertIn("_hparams_/experiment", events.summary_metadata)
         for version, error in result["test_error"].items():
             self.assertAlmostEqual(events.Scalars(f"final_error/{version}")[0].value, error, places=3)
+
+    def test_pictures_of_a_run(self):
+        """What TensorBoard is given to show: the network's own mistakes, and its error at each shift."""
+        run = train.Run(self.config(tensorboard=True, num_epochs=1, batch_size=16))
+        with contextlib.closing(run), mock.patch.object(pictures, "digits", wraps=pictures.digits) as digits:
+            with mock.patch.object(pictures, "error_against_shift", wraps=pictures.error_against_shift) as error_against_shift:
+                with mock.patch.object(pictures, "first_kernels", wraps=pictures.first_kernels) as first_kernels:
+                    run.train()
+        self.assertEqual([call.args[0] for call in first_kernels.mock_calls], [run.model] * 2)
+        training, *_, shifted, centered = digits.mock_calls
+        self.assertTrue(torch.equal(training.args[0], run.training_set.images[:20]))
+        self.assertEqual(training.args[1], [str(label) for label in run.training_set.labels[:20].tolist()])
+        for version, call in (("shifted", shifted), ("centered", centered)):
+            images, labels = run.test_sets[version]
+            predictions = run.model.eval()(images).argmax(1)
+            wrong = predictions != labels
+            self.assertTrue(torch.equal(call.args[0], images[wrong][:20]))
+            self.assertEqual(call.args[1], [f"{y} as {p}" for y, p in zip(labels[wrong].tolist(), predictions[wrong].tolist())][:20])
+            self.assertEqual(call.args[3], f"{wrong.sum()} of 32 {version} test digits are misclassified")
+        ((row,), _), = (call.args for call in error_against_shift.mock_calls)
+        errors = [100 * (run.model(isometry_action(images, shift, (1, 0, 0))).argmax(1) != labels).double().mean().item() for shift in range(56)]
+        self.assertEqual(row["errors"], errors)
 
     def test_seeds_repeat(self):
         def numbers(**options):
@@ -2135,7 +2168,7 @@ class TestTrain(RunsCase):
 
     def test_deformed_digits(self):
         """Those of each batch are deformed anew, with coefficients that come with the order; for the test they stay as they are."""
-        run = train.Run(self.config(deformation=1.5, stroke_width=0.5, batch_size=16))
+        run = train.Run(self.config(deformation=1.5, stroke_width=0.5, scaling=0.3, batch_size=16))
         digits, order, seen = run.training_set.images, torch.Generator().manual_seed(run.config.seed), []
         with contextlib.closing(run), mock.patch.object(run.model, "forward", side_effect=run.model.forward) as forward:
             run.train()
@@ -2320,6 +2353,7 @@ class TestTrain(RunsCase):
             (["--deformation", "-0.5"], ["deformation", "0 … 2"]),
             (["--deformation", "nan"], ["deformation", "0 … 2"]),
             (["--stroke_width", "1.5"], ["stroke_width", "0 … 1"]),
+            (["--scaling", "0.6"], ["scaling", "0 … 0.5"]),
             (["--resume", "nowhere", "--recipe", "improved"], ["leave out --recipe"]),
             (["--lr_decay_factor", "0.5"], ["lr_decay_factor", "at least 1"]),
             (["--eval_freq", "-1"], ["eval_freq"]),
@@ -2339,8 +2373,9 @@ class TestTrain(RunsCase):
             (name,) = bad
             with self.assertRaisesRegex(ValueError, f"{name} must be"):
                 train.Config(**{"model": "mobius_regular"} | bad)
-        with not_installed("torch.utils.tensorboard"):
-            self.assertFails(train.main, *self.options("--tensorboard"), contains="--no-tensorboard")
+        for module in ("torch.utils.tensorboard", "matplotlib.figure"):
+            with not_installed(module):
+                self.assertFails(train.main, *self.options("--tensorboard"), contains="--no-tensorboard")
         with mock.patch("torch.cuda.is_available", return_value=False):
             self.assertFails(train.main, *self.options("--device", "cuda"), contains=["--device cuda", "--device cpu"])
             self.assertEqual(train.select_device("auto").type, "cpu")
@@ -2410,7 +2445,7 @@ class TestCheckpoints(RunsCase):
         self.finish(self.config(num_epochs=3, seed=1), stop_after=1)
         stopped = self.finish(self.config(num_epochs=3), stop_after=2)
         stored = json.loads((stopped / "result.json").read_text())
-        for name in ("pooling", "dropout", "lr_schedule", "warmup_epochs", "deformation", "stroke_width", "label_smoothing"):  # as before there were these
+        for name in ("pooling", "dropout", "lr_schedule", "warmup_epochs", "deformation", "stroke_width", "scaling", "label_smoothing"):  # as before there were these
             del stored["config"][name]
         run_folder.write_json(stopped / "result.json", stored)
         self.finish(self.config(num_epochs=3, data=str(write_npz(self.folder / "other.npz", 16, 8))), stop_after=1)
@@ -2429,7 +2464,9 @@ class TestCheckpoints(RunsCase):
         time.sleep(1.1)  # TensorBoard names its files by the second
         self.finish(config, folder)
         records = json.loads((folder / "result.json").read_text())["epochs"]
-        scalars = EventAccumulator(str(folder)).Reload().Scalars("loss/train")
+        events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+        self.assertEqual([event.step for event in events.Images("network/kernels of the first layer")], [0, 1, 2, 3])
+        scalars = events.Scalars("loss/train")
         self.assertEqual([event.step for event in scalars], [1, 2, 3])
         for event, record in zip(scalars, records):
             self.assertAlmostEqual(event.value, record["train_loss"], places=5)
@@ -2704,6 +2741,8 @@ class TestDeformation(Case):
                 deformation.RandomDeformation(bad[0], smoothness=bad[1])
         with self.assertRaisesRegex(ValueError, "stroke_width must be"):
             deformation.RandomDeformation(1, 1.1)
+        with self.assertRaisesRegex(ValueError, "scaling must be"):
+            deformation.RandomDeformation(1, scaling=0.6)
 
     def test_digits_stay_where_they_are(self):
         """Along the strip, wherever they lie on it; without the correction they do not."""
@@ -2725,6 +2764,31 @@ class TestDeformation(Case):
             self.assertGreater(moved(images, plain).abs().mean().item(), 0.2)
         blank = deform(torch.zeros(2, 1, 28, 28), coefficients[:2])
         self.assertTrue(torch.equal(blank, torch.zeros(2, 1, 28, 28)))
+
+    def test_scaling(self):
+        """Longer and narrower: about the centre and the middle, wherever the digit lies and whatever frame it is in."""
+        def blob(across, along):
+            w, l = torch.meshgrid(torch.arange(14.0) - 6.5, torch.arange(20.0) - 7.5, indexing="ij")
+            return torch.exp(-0.5 * ((w / across) ** 2 + (l / along) ** 2))[None, None]
+
+        deform = deformation.RandomDeformation(0.0, scaling=0.5, size=(14, 20))
+        drawn = torch.zeros_like(deform.draw(1, torch.Generator()))
+        drawn[:, -3], drawn[:, -2] = 2 * math.log(1.5), -2 * math.log(1.5)
+        for shift in all_shifts(20):
+            scaled = deform(isometry_action(blob(2.1, 1.2), shift, (1, 0, 0)), drawn)
+            self.assertClose(isometry_action(scaled, -shift, (1, 0, 0)), blob(1.4, 1.8), tolerance=0.02)
+        # Either factor by itself, its logarithm normal.
+        deform = deformation.RandomDeformation(0.0, scaling=0.2)
+        blob = torch.exp(-((torch.arange(28.0) - 13.5) ** 2)[:, None] / 18 - ((torch.arange(28.0) - 13.5) ** 2) / 18)[None, None]
+        scaled = deform(blob.expand(2000, -1, -1, -1), deform.draw(2000, torch.Generator().manual_seed(0)))[:, 0]
+
+        def log_size(marginal):
+            places = torch.arange(28.0) - 13.5
+            return 0.5 * torch.log((marginal * places**2).sum(1) / marginal.sum(1) / 9)
+
+        logs = torch.stack([log_size(scaled.sum(1)), log_size(scaled.sum(2))])
+        self.assertClose(torch.cov(logs), 0.04 * torch.eye(2), tolerance=0.006)
+        self.assertLess(logs.mean(1).abs().max().item(), 0.03)
 
     def test_thicken(self):
         x = torch.zeros(1, 1, 5, 6)
@@ -2921,7 +2985,7 @@ class TestReproduce(RunsCase):
         # Every setting that makes a difference makes another file, whatever its value.
         other = {"num_epochs": 3, "batch_size": 8, "weight_decay": 0.1, "lr": 0.1, "lr_decay_period": 1, "lr_decay_factor": 3,
                  "precision": "bf16", "test_mode": "shifted", "dataset": "digits", "pooling": "polyphase", "lr_schedule": "cosine",
-                 "warmup_epochs": 1, "deformation": 0.5, "stroke_width": 0.2, "dropout": 0.1, "label_smoothing": 0.1}
+                 "warmup_epochs": 1, "deformation": 0.5, "stroke_width": 0.2, "scaling": 0.2, "dropout": 0.1, "label_smoothing": 0.1}
         self.assertEqual(set(train.Config("mobius_regular").protocol()) - {"model", "train_mode", "seed", "eval_freq"}, set(other))
         configs = [train.Config("mobius_regular", **{key: value}) for key, value in 
                    (other | {"data": "my.npz", "train_mode": "shifted", "seed": 1}).items()]
@@ -3289,10 +3353,156 @@ class TestReproduce(RunsCase):
 
 
 # ======================================================================================================
-# visualize.py
+# pictures.py
 
 
-class TestVisualize(FilesCase):
+class TestPictures(Case):
+    """What is drawn is what the rest of the code computes."""
+
+    def setUp(self):
+        torch.manual_seed(0)
+
+    @staticmethod
+    def images(figure) -> list[torch.Tensor]:
+        """Shown in a figure, in the order in which it was given them."""
+        return [torch.from_numpy(np.asarray(image.get_array())) for axes in figure.axes for image in axes.images]
+
+    def assertShows(self, figure, expected):
+        shown = self.images(figure)
+        self.assertEqual(len(shown), len(expected))
+        for image, there in zip(shown, expected):
+            self.assertClose(image, there.float(), tolerance=1e-6)
+
+    def test_strip_in_space(self):
+        """Its ends meet with a twist, its pixels are as large as they should be, and it shows the digit moved by the isometry."""
+        corners = torch.from_numpy(pictures._corners(6, 40))
+        self.assertClose(corners[:, :, -1], corners[:, :, 0].flip(1))
+        self.assertClose((corners[:, 1:] - corners[:, :-1]).norm(dim=0), torch.ones(6, 41, dtype=DOUBLE))
+        self.assertClose((corners[:, 3, 1:] - corners[:, 3, :-1]).norm(dim=0), torch.ones(40, dtype=DOUBLE), tolerance=0.01)
+        digit = torch.rand(1, 1, 6, 6)
+        with mock.patch("mpl_toolkits.mplot3d.Axes3D.plot_surface") as plot_surface:
+            figure = pictures.strips_in_space(digit, [0, 3, 12, 17], length=12)
+        long = torch.cat([digit, torch.zeros(1, 1, 6, 6)], dim=3)
+        for call, shift in zip(plot_surface.mock_calls, (0, 3, 12, 17), strict=True):
+            drawn = call.kwargs["facecolors"]
+            ink = pictures.INK(isometry_action(long, shift, (1, 0, 0))[0, 0].numpy())
+            shade = (drawn / ink)[..., :3]
+            self.assertLess(np.ptp(shade, axis=2).max(), 1e-6)  # what the light does, it does to all three colours alike
+            self.assertTrue((0.5 < shade).all() and (shade <= 1.001).all())
+        self.assertEqual([text.get_text() for text in figure.texts], ["t = 0", "t = 3", "t = 12", "t = 17"])
+
+    def test_digits(self):
+        centered = torch.rand(3, 1, 4, 6)
+        shifts = torch.tensor([1, 6, 11])
+        figure = pictures.centered_and_shifted(centered, isometry_action(centered, shifts, (1, 0, 0)), shifts, torch.tensor([7, 0, 9]))
+        self.assertShows(figure, [*centered[:, 0], *(isometry_action(x, t, (1, 0, 0))[0, 0] for x, t in zip(centered.split(1), (1, 6, 11)))])
+        self.assertEqual([axes.get_title() for axes in figure.axes], ["7", "0", "9", "t = 1", "t = 6", "t = 11"])
+        none = pictures.digits(torch.zeros(0, 1, 4, 6), [], title="none is wrong")
+        self.assertEqual((self.images(none), none.get_suptitle()), ([], "none is wrong"))
+
+    def test_fields(self):
+        for fields in ((1, 1, 1), (0, 1, 2)):
+            x = features(fields, 6, 8, n=1)
+            c = channels(fields)
+            self.assertShows(pictures.gauge_transformation(x, fields), [*x[0], *act(fields, x)[0]])
+            figure = pictures.transport_padding(x, fields, pad=2)
+            self.assertShows(figure, F.pad(reference_cover(x, fields, -2, 10), (0, 0, 2, 2))[0])
+            for axes, name in zip(figure.axes, ["triv"] * fields[0] + ["sign"] * fields[1] + ["reg"] * 2 * fields[2], strict=True):
+                frames = [patch for patch in axes.patches if not patch.get_fill()]
+                places = [(frame.get_x() + 0.5, frame.get_y() + 0.5, frame.get_width(), frame.get_height()) for frame in frames]
+                # What was padded on both sides, and the columns of the strip from which it came.
+                self.assertEqual(places, [(0, 2, 2, 6), (10, 2, 2, 6), (2, 2, 2, 6), (8, 2, 2, 6)])
+                self.assertEqual({matplotlib.colors.to_hex(frame.get_edgecolor()).upper() for frame in frames}, {pictures.TYPE_COLOURS[name]})
+            self.assertEqual(len(figure.axes), c)
+
+    def test_kernels(self):
+        """Each block of the table has the symmetry that stands above it."""
+        conv = randomized(MobiusConv((1, 1, 1), (1, 1, 1), 5))
+        figure = pictures.steerable_kernels(conv)
+        shown = [row for row in torch.stack(self.images(figure)).view(4, 4, 5, 5)]  # from, to
+        (tt, ts, tr1, tr2), (st, ss, sr1, sr2), (rt1, rs1, k11, k21), (rt2, rs2, k12, k22) = shown
+
+        def flip(kernel):
+            return kernel.flip(0)
+
+        for kernel in (tt, ss):
+            self.assertTrue(torch.equal(flip(kernel), kernel))
+        for kernel in (ts, st):
+            self.assertTrue(torch.equal(flip(kernel), -kernel))
+        for second, expected in ((tr2, flip(tr1)), (sr2, -flip(sr1)), (rt2, flip(rt1)), (rs2, -flip(rs1)), (k22, flip(k11)), (k21, flip(k12))):
+            self.assertTrue(torch.equal(second, expected))
+        self.assertGreater(min(kernel.abs().max().item() for row in shown for kernel in row), 0.1)
+        self.assertIn("scalar → sign-flip\nantisymmetric", [text.get_text() for text in figure.texts])
+        self.assertEqual(len(figure.texts), 9)
+        # From one type to one, all fields of it.
+        conv = MobiusConv((0, 0, 2), (2, 0, 0), 3)
+        self.assertShows(pictures.steerable_kernels(conv), conv.expand_kernel().transpose(0, 1).flatten(0, 1))
+
+    def test_first_kernels(self):
+        model = build_model("mobius_mixed")
+        figure = pictures.first_kernels(model)
+        kernels = torch.stack(self.images(figure))
+        first = torch.arange(8, 16, 2)  # regular fields: their two channels side by side
+        self.assertClose(kernels[first + 1], kernels[first].flip(1))
+        self.assertClose(kernels[:4], kernels[:4].flip(1))
+        self.assertEqual(sorted(kernels.flatten().tolist()), sorted(model.mobius_cnn[0].expand_kernel().flatten().tolist()))
+        cnn = build_model("cnn_same_params")
+        self.assertShows(pictures.first_kernels(cnn, columns=4), cnn.cnn[1].weight.detach()[:, 0])
+
+    def test_models(self):
+        figure = pictures.model_table()
+        (axes,) = figure.axes
+        self.assertEqual([label.get_text() for label in axes.get_yticklabels()], list(pictures.LABELS.values()))
+        numbers = [text.get_text() for text in axes.texts]
+        for name in MODELS:
+            self.assertIn(f"{count_parameters(build_model(name)):,}", numbers)
+        bars = collections.defaultdict(list)  # of each row
+        for bar in axes.patches:
+            bars[round(bar.get_y() + bar.get_height() / 2)].append(bar)
+        channels_of = [16, 32, 64, 128, 256, 64]
+        mixed = [bar.get_width() for bar in bars[list(MODELS).index("mobius_mixed")]]
+        self.assertClose(torch.tensor(mixed[:3]), torch.tensor([0.23, 0.23, 0.46], dtype=DOUBLE), tolerance=1e-6)
+        few = [bar.get_width() / 0.92 * n for bar, n in zip(bars[1], channels_of, strict=True)]
+        self.assertClose(torch.tensor(few), torch.tensor([11.0, 22, 45, 90, 181, 64], dtype=DOUBLE), tolerance=1e-4)
+
+    def test_equivariance(self):
+        """No difference in any layer of a gauge CNN, of each mode and either pooling; in each layer of the CNN one."""
+        image = convert_mnist.load_digits()[0].images[:1].double()
+        for name in MODELS:
+            for pooling in POOLINGS:
+                model = build_model(name, pooling=pooling).double().eval()
+                layers = pictures.features_and_shift(model, image, 16)
+                self.assertEqual([tuple(layer.of_digit.shape[2:]) for layer in layers], [(28, 28)] * 2 + [(14, 14)] * 2 + [(7, 7)] * 3)
+                differences = [layer.difference.abs().max().item() / layer.of_digit.abs().max().item() for layer in layers]
+                self.assertTrue(torch.equal(layers[0].of_shifted_digit, isometry_action(image, 16, (1, 0, 0))))
+                if name.startswith("mobius"):
+                    self.assertLess(max(differences), 1e-12, f"{name}, {pooling}")
+                else:
+                    self.assertGreater(min(differences[1:]), 0.1, f"{name}, {pooling}")
+        models = {name: build_model(name).double() for name in ("mobius_regular", "cnn_same_channels")}
+        figure = pictures.equivariance(models, image, 16)
+        for part, (name, model) in zip(figure.subfigs, models.items(), strict=True):
+            shown = torch.stack([image.abs().max() for image in self.images(part)]).view(4, 7)  # row by row
+            self.assertLess(shown[:3].min(), math.inf)
+            self.assertGreater(shown[:3].min(), 0)
+            if name == "mobius_regular":
+                self.assertLess(shown[3].max(), 1e-12)
+            else:
+                self.assertGreater(shown[3, 1:].min(), 1e-3)
+            self.assertIn(pictures.LABELS[name], part.get_suptitle())
+
+    def test_results(self):
+        errors = {("mobius_regular", "centered"): [1.3, 1.4], ("mobius_regular", "shifted"): [1.2], ("cnn_same_channels", "centered"): [43.0]}
+        figure = pictures.results(errors, reproduce.PAPER)
+        self.assertEqual([label.get_text() for label in figure.axes[0].get_yticklabels()], ["CNN (channels)", "gauge CNN (regular)"])
+        for axes, mode in zip(figure.axes, ("centered", "shifted"), strict=True):
+            dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
+            self.assertEqual(dots, [errors[key] for key in (("cnn_same_channels", mode), ("mobius_regular", mode)) if key in errors])
+            mean, std = reproduce.PAPER["mobius_regular"][mode]
+            bar = axes.patches[1]
+            self.assertAlmostEqual(bar.get_x(), mean - std)
+            self.assertAlmostEqual(bar.get_width(), 2 * std)
+
     ROWS = [
         {"run": "a", "model": "cnn_same_channels", "settings": {}, "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [float(1 + shift) for shift in range(56)]},
         {"run": "b", "model": "cnn_same_channels", "settings": {}, "train_mode": "centered", "seed": 1, "sha256": "0", "errors": [float(3 + shift) for shift in range(56)]},
@@ -3303,7 +3513,7 @@ class TestVisualize(FilesCase):
 
     def test_error_against_shift(self):
         """The curves are the means over the seeds."""
-        (axes,) = visualize.error_against_shift(self.ROWS).axes
+        (axes,) = pictures.error_against_shift(self.ROWS).axes
         curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) == 56}
         self.assertEqual(curves, {
             "CNN (channels), trained on centered digits": [float(2 + shift) for shift in range(56)],
@@ -3311,34 +3521,131 @@ class TestVisualize(FilesCase):
             "gauge CNN (regular), pooling polyphase, trained on centered digits": [1.5] * 56,
         })
         self.assertEqual([text.get_text() for text in axes.get_legend().get_texts()], list(curves))
+        # A network without a single error can be drawn too.
+        pictures.error_against_shift([self.ROWS[2] | {"errors": [0.0] * 56}]).savefig(io.BytesIO())
 
-    def test_files(self):
-        run_folder.write_json(self.folder / "error_against_shift.json", {"shifts": list(range(56)), "rows": self.ROWS})
-        options = ["--results", str(self.folder), "--out", str(self.folder / "pictures")]
-        contents = []
-        for _ in range(2):
-            with contextlib.redirect_stdout(io.StringIO()):
-                visualize.main(options)
-            contents.append({name: content for name, content in self.files().items() if name.startswith("pictures")})
-        self.assertEqual(contents[0], contents[1])
-        light, dark = contents[0]["pictures/error_against_shift.svg"], contents[0]["pictures/error_against_shift-dark.svg"]
-        self.assertIn(b"#e6edf3", dark.lower())
-        self.assertNotIn(b"#e6edf3", light.lower())
+    def test_training_curves(self):
+        records = [{"epoch": epoch, "train_error": 100.0 / epoch} | ({"test_error_shifted": 50.0 / epoch} if epoch % 2 == 0 else {})
+                   for epoch in (1, 2, 3, 4)]
+        (axes,) = pictures.training_curves([{"config": {"model": "mobius_regular"}, "epochs": records}]).axes
+        curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+        self.assertEqual(curves["gauge CNN (regular): training digits, with dropout"], ([1, 2, 3, 4], [100.0, 50.0, 100 / 3, 25.0]))
+        self.assertEqual(curves["gauge CNN (regular): shifted test digits"], ([2, 4], [25.0, 12.5]))
+
+
+# ======================================================================================================
+# visualize.py
+
+
+class TestVisualize(FilesCase):
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        self.data = write_npz(self.folder / "digits.npz")
+        for option, model in visualize.NETWORKS.items():
+            torch.save(build_model(model).state_dict(), self.folder / f"{option}.pt")
+        (self.folder / "results" / "runs").mkdir(parents=True)
+        run_folder.write_json(self.folder / "results" / "error_against_shift.json", {"rows": TestPictures.ROWS})
+        for model, mode in itertools.product(("mobius_regular", "cnn_same_channels"), train.TRAIN_MODES):
+            name = f"mnist-{model}-{mode}-seed0-precision_bf16.json"
+            shutil.copy(ROOT / "results" / "runs" / name, self.folder / "results" / "runs" / name)
+        self.options = ["--data", self.data, "--gauge_cnn", self.folder / "gauge_cnn.pt", "--cnn", self.folder / "cnn.pt",
+                        "--results", self.folder / "results", "--out", self.folder / "pictures"]
+        # Small ones.
+        for name, value in {"DOTS": 20, "STRIP_LENGTH": 30}.items():
+            patched = mock.patch.object(visualize, name, value)
+            patched.start()
+            self.addCleanup(patched.stop)
+
+    def main(self, *arguments):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            visualize.main([str(argument) for argument in arguments])
+        return printed.getvalue().split()
+
+    def test_all(self):
+        """Without a display; every picture, twice the same bytes; light and dark ones differ in their text."""
+        from PIL import Image
+
+        printed = self.main(*self.options)
+        names = {path.name for path in map(Path, printed)}
+        self.assertEqual(names, {path.name for path in (self.folder / "pictures").iterdir()})
+        self.assertEqual({name.split(".")[0].removesuffix("-dark") for name in names}, set(visualize.PICTURES))
+        for name, picture in visualize.PICTURES.items():
+            kind = "png" if picture.pixels else "svg"
+            self.assertEqual({path for path in names if path.split(".")[0].removesuffix("-dark") == name},
+                             {f"{name}.{kind}"} | ({f"{name}-dark.{kind}"} if picture.text else set()))
+        pictures_before = {name: content for name, content in self.files().items() if name.startswith("pictures")}
+        self.main("steerable_kernels", "results", "strip", *self.options)
+        self.assertEqual(pictures_before, {name: content for name, content in self.files().items() if name.startswith("pictures")})
+        light, dark = (pictures_before[f"pictures/results{style}.svg"].lower() for style in pictures.STYLES)
+        self.assertIn(b"#e6edf3", dark)
+        self.assertNotIn(b"#e6edf3", light)
+        with Image.open(self.folder / "pictures" / "two_turns.png") as turns:
+            self.assertEqual(turns.n_frames, 2 * 30 // 5)
+            before = np.asarray(turns.convert("RGBA")).copy()
+            turns.seek(6)
+            self.assertFalse(np.array_equal(before, np.asarray(turns.convert("RGBA"))))  # once around: reflected
+        with Image.open(self.folder / "pictures" / "field_types-dark.png") as image:
+            self.assertEqual(image.convert("RGBA").getpixel((0, 0))[3], 0)  # transparent
+
+    def test_material(self):
+        """The networks that are given, or the latest of train.py, or new ones."""
+        def material(**options):
+            parser = visualize.command_line()
+            return visualize.Material(parser.parse_args([f"--{name}={value}" for name, value in options.items()]))
+
+        given = material(data=self.data, gauge_cnn=self.folder / "gauge_cnn.pt", cnn=self.folder / "cnn.pt", results=self.folder / "results")
+        for option, model in visualize.NETWORKS.items():
+            weights = torch.load(self.folder / f"{option}.pt", weights_only=True)
+            for name, value in given.networks[model].state_dict().items():
+                self.assertClose(value, weights[name].to(value.dtype), message=name)
+        run = mock.Mock(model=build_model("mobius_regular"))
+        with mock.patch.object(visualize, "resumed_run", return_value=run) as resumed_run:
+            material(data=self.data, cnn=self.folder / "cnn.pt").networks
+        resumed_run.assert_called_once_with(train.LATEST, {"model": "mobius_regular", "dataset": "mnist", "data": str(self.data)})
+        run.train.assert_called_once()
+        run.close.assert_called_once()
+        self.assertEqual(len(given.errors["mobius_regular", "centered"]), 1)
+        self.assertEqual([curve["config"]["model"] for curve in given.curves], list(visualize.NETWORKS.values()))
+
+    def test_shift_between(self):
+        x = torch.rand(1, 1, 4, 6)
+        for shift in range(12):
+            self.assertEqual(visualize.shift_between(x, isometry_action(x, shift, (1, 0, 0))), shift)
+        with self.assertRaisesRegex(ValueError, "no isometry"):
+            visualize.shift_between(x, torch.rand(1, 1, 4, 6))
 
     def test_bad_input(self):
-        self.assertFails(visualize.main, "--results", self.folder, contains=["error_against_shift.json", "python reproduce.py"])
-        path = self.folder / "error_against_shift.json"
-        row = self.ROWS[0]
+        before = self.files()
+
+        def fails(*arguments, contains):
+            self.assertFails(visualize.main, *arguments, "--out", self.folder / "new", contains=contains)
+
+        fails("moebius", contains=["moebius", "steerable_kernels"])
+        fails("results", "--results", self.folder / "no", contains=["no", "python reproduce.py"])
+        fails("training_curves", "--results", self.folder / "no", contains=["no", "python reproduce.py"])
+        fails("error_against_shift", "--results", self.folder / "no", contains=["error_against_shift.json", "python reproduce.py"])
+        fails("equivariance", "--data", self.data, "--gauge_cnn", self.folder / "no.pt", contains="no.pt")
+        fails("equivariance", "--data", self.data, "--gauge_cnn", self.folder / "cnn.pt", contains=["cnn.pt", "mobius_regular"])
+        fails("equivariance", "--data", self.data, "--gauge_cnn", self.data, contains="digits.npz")
+        fails("shifted_digits", "--data", self.folder / "no.npz", contains="no.npz")
+        with np.load(self.data) as npz:
+            foreign = npz["train_data_shifted"].copy()
+        foreign[0] = 0.5
+        fails("shifted_digits", "--data", write_npz(self.folder / "foreign.npz", train_data_shifted=foreign), contains="no isometry")
+        (self.folder / "foreign.npz").unlink()
+        with not_installed("matplotlib"):
+            fails("models", contains="matplotlib")
+        self.assertFails(visualize.main, "models", "--out", self.data, contains="digits.npz")
+        self.assertEqual(self.files(), before)
+        path = self.folder / "results" / "error_against_shift.json"
+        row = TestPictures.ROWS[0]
         for content in ("", "[" * 100000, '{"rows": [NaN]}', *map(json.dumps, ([], {"rows": []}, {"rows": [{"run": "a"}]}, {"rows": [3]},
                         {"rows": [row | {"errors": ["1"] * 56}]}, {"rows": [row | {"errors": [-1.0] * 56}]},
                         {"rows": [row | {"train_mode": []}]}))):
             path.write_text(content)
-            self.assertFails(visualize.main, "--results", self.folder, "--out", self.folder / "new", contains=[str(path)])
-        run_folder.write_json(path, {"rows": self.ROWS})
-        self.assertFails(visualize.main, "--results", self.folder, "--out", path, contains=str(path))
-        with not_installed("matplotlib.figure"):
-            self.assertFails(visualize.main, "--results", self.folder, contains="matplotlib")
-        self.assertEqual(list(self.files()), ["error_against_shift.json"])
+            fails("error_against_shift", "--results", self.folder / "results", contains=str(path))
+        self.assertFalse((self.folder / "new").exists())
 
 
 # ======================================================================================================
@@ -3443,6 +3750,8 @@ class TestReadme(FilesCase):
         modules = {f"{module.__name__}.py": module for module in (train, convert_mnist, benchmark, reproduce, visualize)}
         for command in commands[3:]:
             words = command.split("#")[0].split()
+            if words[0] == "tensorboard":
+                continue
             script = 1 if words[0] == "python" else words.index("reproduce.py")
             self.assertIn(words[0], ("python", "torchrun"))
             modules[words[script]].command_line().parse_args(words[script + 1:])
@@ -3555,17 +3864,48 @@ class TestReadme(FilesCase):
                            f"{run['error']:.2f}", f"{run['loss']:.4f}"], [row[1:] for row in self.rows(str(run["batch_size"]))])
 
     def test_pictures(self):
-        """All that visualize.py draws is there and shown, and drawn from networks whose runs are there."""
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            visualize.main(["--out", str(self.folder)])
-        for path in map(Path, printed.getvalue().split()):
-            committed = ROOT / "visualizations" / path.name
-            self.assertIn(f"visualizations/{path.name}", self.TEXT)
-            self.assertTrue(committed.exists(), f"python visualize.py makes {committed}")
+        """All that visualize.py draws is there, on this page, in both styles, and small; and drawn from networks whose runs are there."""
+        folder, walkthrough = ROOT / "visualizations", (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+        names = {f"{name}{style}.{'png' if picture.pixels else 'svg'}" for name, picture in visualize.PICTURES.items()
+                 for style in (pictures.STYLES if picture.text else [""])}
+        self.assertEqual({path.name for path in folder.iterdir()}, names | {"README.md"})
+        for text, prefix in ((self.TEXT, ""), (walkthrough, "../")):
+            shown = re.findall(rf'(?:src="|srcset="|\]\(){re.escape(prefix)}visualizations/([^")]+)', text)
+            self.assertEqual(len(shown), len(set(shown)))
+            self.assertLessEqual(set(shown), names)
+            for name in shown:  # with its other style
+                plain = name.replace("-dark", "")
+                self.assertEqual(visualize.PICTURES[plain.split(".")[0]].text, {plain, plain.replace(".", "-dark.")} <= set(shown), name)
+            if text is self.TEXT:
+                self.assertEqual(set(shown), names)
+        self.assertEqual(len(re.findall("alt=", walkthrough + self.TEXT)) + len(re.findall(r"!\[.+?\]", walkthrough + self.TEXT)),
+                         len(visualize.PICTURES) + 6)
+        self.assertLess(sum(path.stat().st_size for path in folder.iterdir()), 3_000_000)
+        # Those of results are of these results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            visualize.main(["results", "error_against_shift", "training_curves", "models", "--out", str(self.folder)])
+
+        def numbers(path):  # another version of matplotlib may write them otherwise
+            return len(re.findall(r"<use |<path ", path.read_text()))
+
+        for path in self.folder.iterdir():
+            self.assertAlmostEqual(numbers(path), numbers(folder / path.name), delta=0.1 * numbers(path))
         content = json.loads((ROOT / "results" / "error_against_shift.json").read_text())
         for row in content["rows"]:
             stored = json.loads((ROOT / "results" / "runs" / f"{row['run']}.json").read_text())
             self.assertAlmostEqual(row["errors"][0], stored["test_error"]["centered"], delta=0.05)
+
+    def test_walkthrough(self):
+        """Six steps, each with a picture and five to fifteen lines; together they are a program, and what it asserts is true."""
+        steps = re.split(r"^## \d\. .+$", (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+        self.assertEqual(len(steps), 6)
+        namespace = {}
+        for step in steps:
+            (snippet,) = re.findall(r"```python\n(.*?)```", step, re.DOTALL)
+            self.assertIn("visualizations/", step)
+            self.assertIn(len([line for line in snippet.splitlines() if line.strip()]), range(5, 16))
+            self.assertIn("assert", snippet)
+            exec(snippet, namespace)
 
     def test_reliability(self):
         result = json.loads((ROOT / "results" / "reliability.json").read_text())
@@ -3587,7 +3927,7 @@ class TestReadme(FilesCase):
 
 
 # About half of the time: those that read, write and start processes, beside those that compute.
-APART = ("TestConvertMNIST", "TestCheckpoints", "TestReproduce", "TestBenchmark")
+APART = ("TestConvertMNIST", "TestCheckpoints", "TestReproduce", "TestVisualize", "TestBenchmark")
 
 
 def run_in_two_processes() -> bool:

@@ -1,96 +1,258 @@
-"""Draw the pictures of the README from measured results.
+"""Draw the pictures of the README and of the walk-through, from code, data and measured results.
 
-    python visualize.py                     # visualizations/error_against_shift.svg from results/error_against_shift.json
+    python visualize.py                             # all of them, into visualizations/
+    python visualize.py strip steerable_kernels     # some of them
+    python visualize.py --dataset digits            # with scikit-learn's digits: nothing is downloaded
 
-Each picture is drawn twice, for light and dark pages: NAME.svg and NAME-dark.svg.
+Each picture that has text is drawn twice, for light and dark pages: NAME and NAME-dark, .svg, or .png where it shows pixels.
+`equivariance` looks into two trained networks: those of --gauge_cnn and --cnn, or of the latest runs of train.py
+with nothing but its defaults; where there are none yet, they are trained first.
 """
 
 import io
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-from convert_mnist import CommandLine, write_atomically
-from reproduce import RESULTS, read_error_against_shift
+import torch
+from torch import Tensor
+
+from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, write_atomically
+from fields import isometry_action
+from nn_layers import MobiusConv
+from reproduce import OTHER_DEFAULTS, PAPER, PAPER_RUNS, RESULTS, Cell, Study, read_error_against_shift
+from run_folder import Busy, read_result, say
+from train import LATEST, TRAIN_MODES, Config, find_data, keep_freed_memory, load_network, resumed_run
 
 FOLDER = Path(__file__).resolve().parent / "visualizations"
-
-LABELS = {
-    "cnn_same_channels": "CNN (channels)", "cnn_same_params": "CNN (params)", "mobius_scalar": "gauge CNN (scalar)",
-    "mobius_signflip": "gauge CNN (sign-flip)", "mobius_regular": "gauge CNN (regular)", "mobius_irrep": "gauge CNN (irreps)",
-    "mobius_mixed": "gauge CNN (mixed)",
-}
-# Told apart by colour-blind readers too (Okabe and Ito), on white and on black.
-COLOURS = dict(zip(LABELS, ("#D55E00", "#E69F00", "#56B4E9", "#CC79A7", "#0072B2", "#009E73", "#999999")))
-STYLES = {
-    "": {},
-    "-dark": {name: "#E6EDF3" for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
-}
+NETWORKS = {"gauge_cnn": "mobius_regular", "cnn": "cnn_same_channels"}
+FIELDS = (1, 1, 1)  # one of each type, in the pictures of features and kernels
+STRIP_LENGTH = 5 * LENGTH  # of the strip in space
+DOTS = 180  # per inch of a picture of pixels
 
 
-def error_against_shift(rows: list[dict]):
-    """Test error of networks on digits moved by each isometry, as a figure of matplotlib; `rows` as in the file of that name.
+class Material:
+    """What pictures are made of, each read or computed when a picture asks for it. Raises ValueError or OSError where it cannot be had."""
 
-    Runs that differ in the seed alone are one line, their mean.
+    def __init__(self, options) -> None:
+        self.options = options
+
+    def config(self, model: str) -> dict:
+        given = {"model": model, "dataset": self.options.dataset, "data": self.options.data, "mnist_root": self.options.mnist_root}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @cached_property
+    def splits(self) -> dict:
+        return find_data(Config(**self.config("mobius_regular")), torch.device("cpu")).splits
+
+    @property
+    def digit(self) -> Tensor:
+        """(1, 1, W, L)"""
+        return self.splits["train_centered"].images[:1]
+
+    @cached_property
+    def features(self) -> Tensor:
+        """Of the digit, one field of each type: (1, C, W, L)."""
+        torch.manual_seed(0)
+        return MobiusConv(SCALAR, FIELDS, kernel_size=5)(self.digit).detach()
+
+    @property
+    def kernels(self) -> MobiusConv:
+        torch.manual_seed(0)
+        return MobiusConv(FIELDS, FIELDS, kernel_size=5)
+
+    @cached_property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """Trained, in float64: what is left of a difference there is not rounding."""
+        networks = {}
+        for option, model in NETWORKS.items():
+            file = getattr(self.options, option)
+            if file is not None:
+                network, config, _ = load_network(file, {"model": model})
+            else:
+                run = resumed_run(LATEST, self.config(model))
+                try:
+                    run.train()
+                finally:
+                    run.close()
+                network = run.model
+            networks[model] = network.cpu().double().eval()
+        return networks
+
+    @cached_property
+    def shifted_wrongly(self) -> tuple[Tensor, int]:
+        """The first test digit that both networks know and the CNN does not when it is shifted, (1, 1, W, L), and the shift."""
+        images, labels = (part[:200] for part in self.splits["test_centered"])
+        images, shift = images.double(), 16
+        with torch.no_grad():
+            known = torch.stack([network(images).argmax(1) == labels for network in self.networks.values()]).all(0)
+            lost = self.networks[NETWORKS["cnn"]](isometry_action(images, shift, SCALAR)).argmax(1) != labels
+        index = int((known & lost).int().argmax())  # 0 where there is none
+        return images[index:index + 1], shift
+
+    @cached_property
+    def rows(self) -> list[dict]:
+        return read_error_against_shift(Path(self.options.results) / "error_against_shift.json")
+
+    @cached_property
+    def errors(self) -> dict[tuple[str, str], list[float]]:
+        """On shifted test digits, of all finished runs of the paper's protocol in bfloat16, as in the table of the README."""
+        cells = [(model, mode) for model in PAPER for mode in TRAIN_MODES]
+        configs = [Config(model, train_mode=mode, seed=seed, precision="bf16", **OTHER_DEFAULTS)
+                   for model, mode in cells for seed in range(PAPER_RUNS)]
+        study = Study(configs, self.options.results)
+        errors = {cell: Cell(study, *cell, "shifted").errors for cell in cells}
+        if not any(errors.values()):
+            raise ValueError(f"there is no finished run in {study.results / 'runs'}: python reproduce.py --precision bf16 makes them")
+        return errors
+
+    @cached_property
+    def curves(self) -> list[dict]:
+        """Of each network trained on centered MNIST, the result of the run of seed 0 that was tested most often."""
+        results = []
+        for model in NETWORKS.values():
+            paths = sorted((Path(self.options.results) / "runs").glob(f"mnist-{model}-centered-seed0*.json"))
+            tested = [(sum("test_error_shifted" in record for record in result["epochs"]), -i, result)
+                      for i, result in enumerate(map(read_result, paths))]
+            if not tested:
+                raise ValueError(f"there is no run of {model} in {self.options.results}/runs: python reproduce.py makes it")
+            results.append(max(tested, key=lambda row: row[:2])[2])
+        return results
+
+
+def shift_between(before: Tensor, after: Tensor) -> int:
+    """The isometry's shift that moves a digit ``(1, 1, W, L)`` to where it is afterwards. Raises ValueError if there is none."""
+    for shift in range(2 * before.shape[3]):
+        if torch.equal(isometry_action(before, shift, SCALAR), after):
+            return shift
+    raise ValueError("a shifted digit of the data set is no isometry's image of the centered one")
+
+
+# ------------------------------------------------------------------------------------------------------
+# The pictures, by name. Each takes the material and gives a figure, an animation all of its frames.
+
+
+class Picture(NamedTuple):
+    """draw: from the material to a figure, or to a list of frames. pixels: whether it is a PNG. text: whether it has any, and so needs
+    two versions.
     """
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    groups = {}
-    for row in rows:
-        settings = "".join(f", {name} {value}" for name, value in row.get("settings", {}).items())
-        groups.setdefault((row["model"], settings, row["train_mode"]), []).append(row["errors"])
-    lines = {}  # of each model, in the order of its settings
-    for (model, settings, train_mode), errors in sorted(groups.items(), key=lambda group: list(LABELS).index(group[0][0])):
-        means = [sum(column) / len(column) for column in zip(*errors)]
-        style = lines[model] = (lines.get(model, -1) + 1) % 4
-        axes.plot(range(len(means)), means, color=COLOURS[model], markersize=3 + style % 2, marker="os^x"[style],
-                  markerfacecolor="none" if style % 2 else COLOURS[model], linestyle=("-", "--", ":", "-.")[style],
-                  label=f"{LABELS[model]}{settings}, trained on {train_mode} digits")
-    length = len(rows[0]["errors"]) // 2
-    axes.axvline(length, linewidth=1, linestyle=":", color="grey")
-    axes.annotate("once around: the digit is reflected", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                  textcoords="offset points", ha="center", va="bottom", fontsize=9, color="grey")
-    axes.set(xlabel="shift of the test digits along the strip, in pixels", ylabel="test error in %", xlim=(-1, 2 * length), yscale="log")
-    axes.set_xticks(range(0, 2 * length, 4))
-    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if tick <= 1.3 * max(max(row["errors"]) for row in rows)]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.45))
-    return figure
+    draw: Callable
+    pixels: bool = True
+    text: bool = True
 
 
-def save(draw, name: str, folder: Path) -> list[Path]:
-    """Draw a picture in both styles. Returns the files' paths. Raises ValueError or OSError if one cannot be written."""
+def _strip(pictures, material: Material):
+    shifts = [STRIP_LENGTH * fifths // 5 for fifths in (0, 2, 3, 4, 5)]
+    return pictures.strips_in_space(material.digit, shifts, STRIP_LENGTH)
+
+
+def _turns(pictures, material: Material):
+    step = 5
+    return [pictures.strips_in_space(material.digit, [shift], STRIP_LENGTH) for shift in range(0, 2 * STRIP_LENGTH, step)]
+
+
+def _shifted_digits(pictures, material: Material):
+    centered, shifted = (material.splits[f"train_{version}"].images[:8] for version in ("centered", "shifted"))
+    shifts = torch.tensor([shift_between(*pair) for pair in zip(centered.split(1), shifted.split(1))])
+    return pictures.centered_and_shifted(centered, shifted, shifts, material.splits["train_centered"].labels[:8])
+
+
+def _transport_padding(pictures, material: Material):
+    return pictures.transport_padding(isometry_action(material.features, LENGTH // 2 - 2, FIELDS), FIELDS, pad=6)
+
+
+PICTURES = {
+    "strip": Picture(_strip, text=False),
+    "two_turns": Picture(_turns, text=False),
+    "shifted_digits": Picture(_shifted_digits),
+    "field_types": Picture(lambda pictures, material: pictures.gauge_transformation(material.features, FIELDS)),
+    "transport_padding": Picture(_transport_padding),
+    "steerable_kernels": Picture(lambda pictures, material: pictures.steerable_kernels(material.kernels)),
+    "models": Picture(lambda pictures, material: pictures.model_table(), pixels=False),
+    "equivariance": Picture(lambda pictures, material: pictures.equivariance(material.networks, *material.shifted_wrongly)),
+    "results": Picture(lambda pictures, material: pictures.results(material.errors, PAPER), pixels=False),
+    "error_against_shift": Picture(lambda pictures, material: pictures.error_against_shift(material.rows), pixels=False),
+    "training_curves": Picture(lambda pictures, material: pictures.training_curves(material.curves), pixels=False),
+}
+
+
+def _png(figure):
+    """As an image, transparent where nothing is drawn. Drawn at twice the size: surfaces in space have no soft edges of their own."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=2 * DOTS, transparent=True)
+    image = Image.open(file).convert("RGBA")
+    return image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+
+
+def _encoded(drawn, pixels: bool) -> bytes:
+    """The file's content: the same figure gives the same, byte for byte."""
+    file = io.BytesIO()
+    if not pixels:
+        drawn.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        return file.getvalue()
+    frames = [_png(figure) for figure in (drawn if isinstance(drawn, list) else [drawn])]
+    frames = [frame.quantize(colors=256, method=2) for frame in frames]  # the one method that keeps transparency
+    if len(frames) == 1:
+        frames[0].save(file, "PNG", optimize=True)
+    else:
+        frames[0].save(file, "PNG", save_all=True, append_images=frames[1:], duration=80, loop=0, disposal=1)
+    return file.getvalue()
+
+
+def save(name: str, material: Material, folder: Path) -> list[Path]:
+    """Draw a picture in all its styles. Returns the files' paths.
+
+    Raises:
+        ValueError, OSError: if there is nothing to draw it from, or a file cannot be written.
+        ImportError: without matplotlib.
+    """
     import matplotlib
 
-    paths = []
-    for suffix, style in STYLES.items():
-        # No date and no random names: the same results give the same file.
+    import pictures
+
+    picture, paths = PICTURES[name], []
+    for suffix, style in pictures.STYLES.items():
+        if suffix and not picture.text:
+            continue
         with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name, "font.size": 10} | style):
-            file = io.BytesIO()
-            draw().savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        paths.append(folder / f"{name}{suffix}.svg")
+            content = _encoded(picture.draw(pictures, material), picture.pixels)
+        paths.append(folder / f"{name}{suffix}.{'png' if picture.pixels else 'svg'}")
         with write_atomically(paths[-1]) as target:
-            target.write(file.getvalue())
+            target.write(content)
     return paths
 
 
 def command_line() -> CommandLine:
     parser = CommandLine(__doc__)
-    parser.add_argument("--results", default=str(RESULTS), metavar="FOLDER", help="of the results (results)")
-    parser.add_argument("--out", default=str(FOLDER), metavar="FOLDER", help="for the pictures (visualizations)")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="pictures to draw, all unless some are named: " + ", ".join(PICTURES))
+    add("--dataset", choices=SOURCES, default="mnist", help="digits to draw, and of the runs (%(default)s)")
+    add("--data", metavar="FILE", help="an npz to use instead")
+    add("--mnist_root", metavar="FOLDER", help="folder with MNIST's four files, for making the npz; without it they are downloaded")
+    add("--gauge_cnn", metavar="FILE", help=f"a trained {NETWORKS['gauge_cnn']}: a run's folder, or its checkpoint.pt or weights.pt")
+    add("--cnn", metavar="FILE", help=f"a trained {NETWORKS['cnn']}")
+    add("--results", default=str(RESULTS), metavar="FOLDER", help="of the results (results)")
+    add("--out", default=str(FOLDER), metavar="FOLDER", help="for the pictures (visualizations)")
     return parser
 
 
 def main(argv=None) -> None:
     parser = command_line()
     options = parser.parse_args(argv)
+    unknown = [name for name in options.names if name not in PICTURES]
+    if unknown:
+        parser.error(f"there is no picture {unknown[0]}: there are {', '.join(PICTURES)}")
+    keep_freed_memory()
+    material = Material(options)
     try:
-        rows = read_error_against_shift(Path(options.results) / "error_against_shift.json")
-        for path in save(lambda: error_against_shift(rows), "error_against_shift", Path(options.out)):
-            print(path)
-    except (ValueError, OSError, ImportError) as error:
+        for name in options.names or PICTURES:
+            for path in save(name, material, Path(options.out)):
+                say(str(path))
+    except (ValueError, OSError, ImportError, Busy) as error:
         parser.error(error)
 
 

@@ -1,0 +1,470 @@
+"""Pictures of strips, fields, kernels, networks and results: each function returns a figure of matplotlib, drawn from what the
+other files compute. Nothing in it is drawn by hand, so a picture that looks wrong shows a bug.
+
+    figure = steerable_kernels(MobiusConv((1, 1, 1), (1, 1, 1), kernel_size=5))
+    figure.savefig("kernels.png")
+
+`visualize.py` makes the pictures of the README with it, `train.py` those of TensorBoard. Text takes the colours of matplotlib's
+settings (`STYLES`); the rest can be read on light and on dark pages.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+
+from convert_mnist import LENGTH, SCALAR
+from fields import REPRESENTATIONS, Fields, adjacent_channels, gauge_transform, isometry_action, split_types
+from models import MODELS, MobiusGaugeCNN, build_model, count_parameters
+from nn_layers import MobiusConv, MobiusConvNaive, transport_pad
+
+# Told apart by colour-blind readers too (Okabe and Ito), on white and on black.
+LABELS = {
+    "cnn_same_channels": "CNN (channels)", "cnn_same_params": "CNN (params)", "mobius_scalar": "gauge CNN (scalar)",
+    "mobius_signflip": "gauge CNN (sign-flip)", "mobius_regular": "gauge CNN (regular)", "mobius_irrep": "gauge CNN (irreps)",
+    "mobius_mixed": "gauge CNN (mixed)",
+}
+COLOURS = dict(zip(LABELS, ("#D55E00", "#E69F00", "#56B4E9", "#CC79A7", "#0072B2", "#009E73", "#999999")))
+TYPES = {"triv": "scalar", "sign": "sign-flip", "reg": "regular"}
+TYPE_COLOURS = {"triv": COLOURS["mobius_scalar"], "sign": COLOURS["mobius_signflip"], "reg": COLOURS["mobius_regular"]}
+NO_TYPE = COLOURS["cnn_same_channels"]
+
+GREY = "#8B949E"
+INK = LinearSegmentedColormap.from_list("ink", ["#F3EDE0", "#14181D"])  # of scalar fields with values in [0, 1]
+SIGNED = "RdBu_r"  # of features, from -1 to 1 times the largest
+STYLES = {
+    "": {},
+    "-dark": {name: "#E6EDF3" for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+}
+
+
+def _show(axes, image: Tensor, largest: float | None = None, frame: str = GREY, linewidth: float = 0.8) -> None:
+    """An image (W, L): ink on paper for values in [0, 1]; with `largest`, signed values up to it about white."""
+    colours = {"cmap": INK, "vmin": 0, "vmax": 1} if largest is None else {"cmap": SIGNED, "vmin": -largest or -1, "vmax": largest or 1}
+    axes.imshow(image.detach().float().cpu().numpy(), interpolation="nearest", **colours)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(color=frame, linewidth=linewidth)
+
+
+def _largest(x: Tensor) -> float:
+    return x.detach().abs().max().item()
+
+
+def _largest_of_type(x: Tensor, fields: Fields) -> dict[str, float]:
+    """Fields of one type are drawn on one scale; what another type is relative to them, no network can see."""
+    return {name: _largest(block) for name, block in split_types(x, fields).items()}
+
+
+def channel_types(fields: Fields) -> list[str]:
+    """The field type of each channel, in the order of `fields`' channels when those of a regular field are adjacent."""
+    return [name for name, m in zip(REPRESENTATIONS, fields) for _ in range(m * REPRESENTATIONS[name].dim)]
+
+
+# ------------------------------------------------------------------------------------------------------
+# Digits
+
+
+def digits(images: Tensor, titles: Sequence[str], columns: int = 8, title: str = "") -> Figure:
+    """Strips ``(n, 1, W, L)`` in rows, each with its title above it; none is a figure with its title alone."""
+    columns = max(1, min(columns, len(images)))
+    rows = max(1, math.ceil(len(images) / columns))
+    figure = Figure(figsize=(columns, 1.25 * rows + 0.3 * bool(title)), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax, image, text in zip(axes, images, titles):
+        _show(ax, image[0])
+        ax.set_title(text, fontsize=9, pad=3)
+    for ax in list(axes)[len(images):]:
+        ax.set_axis_off()
+    return figure
+
+
+def centered_and_shifted(centered: Tensor, shifted: Tensor, shifts: Tensor, labels: Tensor) -> Figure:
+    """Digits as they are above the same digits as they lie on the strip, all ``(n, 1, W, L)``; shifts and labels ``(n,)``."""
+    titles = [f"{label}" for label in labels.tolist()] + [f"t = {shift}" for shift in shifts.tolist()]
+    figure = digits(torch.cat([centered, shifted]), titles, columns=len(centered))
+    for ax, text in zip(figure.axes[::len(centered)], ("centered", "shifted")):
+        ax.set_ylabel(text)
+    return figure
+
+
+def _corners(width: int, length: int) -> np.ndarray:
+    """Where the corners of a strip's pixels are in space, (3, W + 1, L + 1), the side of a pixel in the middle being 1."""
+    across = np.arange(width + 1)[:, None] - width / 2
+    around = 2 * np.pi * np.arange(length + 1) / length  # half as much is by how much the strip has turned
+    radius = length / (2 * np.pi) + across * np.cos(around / 2)
+    return np.stack([radius * np.cos(around), radius * np.sin(around), across * np.sin(around / 2)])
+
+
+def _draw_in_space(axes, image: Tensor) -> None:
+    corners = _corners(*image.shape)
+    diagonals = corners[:, 1:, 1:] - corners[:, :-1, :-1], corners[:, :-1, 1:] - corners[:, 1:, :-1]
+    normals = np.cross(*diagonals, axis=0)
+    light = np.array([0.3, -0.5, 0.8]) / np.linalg.norm([0.3, -0.5, 0.8])
+    shade = 0.72 + 0.28 * np.abs(np.tensordot(light, normals / np.linalg.norm(normals, axis=0), 1))
+    colours = INK(image.numpy())
+    colours[..., :3] *= shade[..., None]
+    axes.plot_surface(*corners, facecolors=colours, rstride=1, cstride=1, shade=False, linewidth=0, antialiased=False)
+    axes.plot(*corners[:, :, 0], color=COLOURS["cnn_same_channels"], linewidth=1.5, zorder=10)  # the cut
+    low, high = corners.min((1, 2)), corners.max((1, 2))
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
+    axes.set_box_aspect(high - low, zoom=1.3)
+    axes.view_init(elev=38, azim=220)
+    axes.set_axis_off()
+
+
+def on_long_strip(image: Tensor, length: int) -> Tensor:
+    """A digit ``(1, 1, W, L)`` at the beginning of a strip of `length` columns: one that is no longer than sqrt(3) of its width cannot be
+    bent to a Möbius strip in space.
+    """
+    return torch.cat([image, image.new_zeros(*image.shape[:3], length - image.shape[3])], dim=3)
+
+
+def strips_in_space(image: Tensor, shifts: Sequence[int], length: int = 5 * LENGTH) -> Figure:
+    """A digit ``(1, 1, W, L)`` at several shifts on a Möbius strip in space; the cut is a coloured line."""
+    figure = Figure(figsize=(1.72 * len(shifts), 1.75))
+    for i, shift in enumerate(shifts):
+        axes = figure.add_axes((i / len(shifts), -0.04, 1 / len(shifts), 1), projection="3d")
+        _draw_in_space(axes, isometry_action(on_long_strip(image, length), shift, SCALAR)[0, 0])
+        figure.text((i + 0.5) / len(shifts), 0.91, f"t = {shift}", ha="center", color=GREY, fontsize=9)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------
+# Fields and kernels
+
+
+CHANNEL_NAMES = {"triv": ["scalar"], "sign": ["sign-flip"], "reg": ["regular, 1st channel", "regular, 2nd channel"]}
+
+
+def _titles(fields: Fields) -> list[str]:
+    return [text for name, m in zip(REPRESENTATIONS, fields) for _ in range(m) for text in CHANNEL_NAMES[name]]
+
+
+def gauge_transformation(x: Tensor, fields) -> Figure:
+    """The channels of a feature map ``(1, C, W, L)``, above, and below the same when all frames are reflected."""
+    fields = Fields(*fields)
+    types, largest = channel_types(fields), _largest_of_type(x, fields)
+    figure = Figure(figsize=(1.75 * (len(types) + 0.55), 4.1), layout="constrained")
+    grid = figure.subplots(2, len(types) + 1, width_ratios=[0.55] + [1] * len(types))
+    for row, features, across, text in ((0, x, 1, "frame"), (1, gauge_transform(x, fields), -1, "reflected\nframe")):
+        frame = grid[row, 0]
+        arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.05, "color": GREY}
+        frame.quiver([0, 0], [0, 0], [1, 0], [0, across], **arrows)
+        frame.set(xlim=(-0.25, 1.2), ylim=(-1.6, 1.6), aspect="equal")
+        frame.text(0.45, -0.3 * across, text, ha="center", va="top" if across > 0 else "bottom", color=GREY, fontsize=9)
+        frame.set_axis_off()
+        for ax, name, image in zip(grid[row, 1:], types, features[0]):
+            _show(ax, image, largest[name], TYPE_COLOURS[name], linewidth=2.5)
+    for ax, text in zip(grid[0, 1:], _titles(fields)):
+        ax.set_title(text, fontsize=9)
+    actions = {"triv": ["as it was"], "sign": ["negated"], "reg": ["was the 2nd", "was the 1st"]}
+    for ax, text in zip(grid[1, 1:], [text for name, m in zip(REPRESENTATIONS, fields) for _ in range(m) for text in actions[name]]):
+        ax.set_xlabel(text, fontsize=9)
+    return figure
+
+
+def transport_padding(x: Tensor, fields, pad: int) -> Figure:
+    """The channels of a feature map ``(1, C, W, L)`` between what is padded: over the cut (framed) and above and below (zeros).
+
+    Dashed frames show where the columns on the other side come from.
+    """
+    fields = Fields(*fields)
+    types, largest, (width, length) = channel_types(fields), _largest_of_type(x, fields), x.shape[2:]
+    padded = transport_pad(x, pad, fields)[0]
+    figure = Figure(figsize=(2 * len(types), 2.7), layout="constrained")
+    over_the_cut = {"triv": ["flipped"], "sign": ["flipped and negated"], "reg": ["flipped 2nd channel", "flipped 1st channel"]}
+    texts = [text for name, m in zip(REPRESENTATIONS, fields) for _ in range(m) for text in over_the_cut[name]]
+    for ax, name, title, text, image in zip(figure.subplots(1, len(types)), types, _titles(fields), texts, padded):
+        colour = TYPE_COLOURS[name]
+        _show(ax, image, largest[name])
+        ax.spines[:].set_visible(False)
+        edge = -0.5
+        for left in (edge, edge + pad + length):
+            ax.add_patch(Rectangle((left, edge + pad), pad, width, facecolor=colour, alpha=0.15))
+            ax.add_patch(Rectangle((left, edge + pad), pad, width, fill=False, edgecolor=colour, linewidth=2.5))
+        for left in (edge + pad, edge + length):
+            ax.add_patch(Rectangle((left, edge + pad), pad, width, fill=False, edgecolor=colour, linewidth=1.2, linestyle=(0, (3, 2))))
+        for row in (edge + pad, edge + pad + width):
+            ax.plot([edge, edge + length + 2 * pad], [row, row], color=GREY, linewidth=0.8)
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel(text, fontsize=9)
+    return figure
+
+
+CONSTRAINTS = {
+    ("triv", "triv"): "symmetric", ("triv", "sign"): "antisymmetric", ("triv", "reg"): "K, flip K",
+    ("sign", "triv"): "antisymmetric", ("sign", "sign"): "symmetric", ("sign", "reg"): "K, −flip K",
+    ("reg", "triv"): "(K, flip K)", ("reg", "sign"): "(K, −flip K)", ("reg", "reg"): "(K, M), (flip M, flip K)",
+}
+
+
+def steerable_kernels(conv: MobiusConv) -> Figure:
+    """A block of kernels for each pair of field types, as the layer expands them: rows are input, columns output channels."""
+    kernel = conv.expand_kernel()
+    side, gap, between, head = 1.0, 0.1, 0.55, 0.62  # inches: of a kernel, beside it in its block, between blocks, above the first
+
+    def places(fields: Fields, start: float, between: float) -> dict[str, list[float]]:
+        """Where the kernels of each type's channels begin."""
+        result = {}
+        for name, m in zip(REPRESENTATIONS, fields):
+            if m:
+                result[name] = [start + i * (side + gap) for i in range(m * REPRESENTATIONS[name].dim)]
+                start = result[name][-1] + side + between
+        return result
+
+    rows, columns = places(conv.in_fields, head, head), places(conv.out_fields, gap, between)
+    width, height = (max(map(max, of.values())) + side + gap for of in (columns, rows))
+    figure = Figure(figsize=(width, height))
+    for name_in, tops in rows.items():
+        for name_out, lefts in columns.items():
+            figure.text((lefts[0] + lefts[-1] + side) / 2 / width, 1 - (tops[0] - 0.08) / height, ha="center", va="bottom", fontsize=9,
+                        s=f"{TYPES[name_in]} → {TYPES[name_out]}\n{CONSTRAINTS[name_in, name_out]}")
+    # In the order of the channels.
+    for i, (name_in, top) in enumerate((name, top) for name, tops in rows.items() for top in tops):
+        for o, (name_out, left) in enumerate((name, left) for name, lefts in columns.items() for left in lefts):
+            axes = figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
+            _show(axes, kernel[o, i], _largest(kernel), TYPE_COLOURS[name_out], linewidth=2)
+    return figure
+
+
+def first_kernels(model: nn.Module, columns: int = 8) -> Figure:
+    """The kernels of a network's first convolution, one for each output channel, framed in the colours of their field types."""
+    conv = next(module for module in model.modules() if isinstance(module, (MobiusConv, MobiusConvNaive)))
+    if isinstance(conv, MobiusConv):
+        fields = conv.out_fields
+        types, titles, colours = channel_types(fields), _titles(fields), TYPE_COLOURS
+        kernel = adjacent_channels(conv.expand_kernel(), fields, dim=0)
+    else:
+        kernel = conv.weight
+        types, titles, colours = [""] * len(kernel), [""] * len(kernel), {"": NO_TYPE}
+    columns = min(columns, len(kernel))
+    rows = math.ceil(len(kernel) / columns)
+    figure = Figure(figsize=(columns, 1.2 * rows), layout="constrained")
+    for ax in figure.subplots(rows, columns, squeeze=False).flat:
+        ax.set_axis_off()
+    for ax, image, name, text in zip(figure.axes, kernel, types, titles):
+        ax.set_axis_on()
+        _show(ax, image[0], _largest(kernel), colours[name], linewidth=2)
+        ax.set_title(text.replace("regular, ", "").replace(" channel", ""), fontsize=8, pad=3)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def _convolutions(model: nn.Module) -> list[MobiusConv | MobiusConvNaive]:
+    return [module for module in model.modules() if isinstance(module, (MobiusConv, MobiusConvNaive))]
+
+
+def model_table() -> Figure:
+    """The seven models: how many fields of which type, or channels, each convolution gives, and the number of parameters.
+
+    Bars are as long as the convolution has channels, relative to those of the first model.
+    """
+    models = {name: build_model(name, device="meta") for name in MODELS}
+    channels = [conv.out_channels for conv in _convolutions(next(iter(models.values())))]
+    figure = Figure(figsize=(8.6, 3.3), layout="constrained")
+    axes = figure.add_subplot()
+    for row, (name, model) in enumerate(models.items()):
+        for column, conv in enumerate(_convolutions(model)):
+            if isinstance(conv, MobiusConv):
+                parts = [(m, m * REPRESENTATIONS[name].dim, TYPE_COLOURS[name]) for name, m in zip(REPRESENTATIONS, conv.out_fields) if m]
+            else:
+                parts = [(conv.out_channels, conv.out_channels, NO_TYPE)]
+            left = column
+            for number, size, colour in parts:
+                size *= 0.92 / channels[column]
+                axes.barh(row, size, left=left, height=0.7, color=colour, edgecolor="none")
+                axes.text(left + size / 2, row, f"{number}", ha="center", va="center", fontsize=8,
+                          color="white" if colour == TYPE_COLOURS["reg"] else "black")
+                left += size
+        axes.text(len(channels) + 0.62, row, f"{count_parameters(model):,}", ha="right", va="center", fontsize=9)
+    axes.set_yticks(range(len(models)), [LABELS[name] for name in models])
+    axes.set_xticks([i + 0.46 for i in range(len(channels))] + [len(channels) + 0.3],
+                    [f"conv {i + 1}\n{n} channels" for i, n in enumerate(channels)] + ["parameters\n"])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.set(xlim=(-0.04, len(channels) + 0.66), ylim=(len(models) - 0.5, -0.5))
+    axes.spines[:].set_visible(False)
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in (*TYPE_COLOURS.values(), NO_TYPE)]
+    figure.legend(handles, [f"{text} fields" for text in TYPES.values()] + ["channels without a type"], loc="outside lower center", ncols=4,
+                  frameon=False, fontsize=9)
+    return figure
+
+
+@torch.no_grad()
+def feature_maps(model: nn.Module, images: Tensor) -> list[tuple[Tensor, Fields]]:
+    """What each layer of convolution, nonlinearity and pooling makes of images, with its fields; the first is the input itself.
+
+    Args:
+        model: a `MobiusGaugeCNN` or `CNN`. The channels of the latter count as scalar fields.
+    """
+    maps, fields = [], Fields(*SCALAR)
+    for layer in model.mobius_cnn if isinstance(model, MobiusGaugeCNN) else model.cnn:
+        if isinstance(layer, (MobiusConv, MobiusConvNaive)):
+            maps.append((images, fields))
+            fields = layer.out_fields if isinstance(layer, MobiusConv) else Fields(layer.out_channels, 0, 0)
+        images = layer(images)
+    return [*maps, (images, fields)]
+
+
+class LayerFeatures(NamedTuple):
+    """What a layer makes of a digit, this shifted along the strip, and what it makes of the shifted digit."""
+
+    of_digit: Tensor
+    shifted: Tensor
+    of_shifted_digit: Tensor
+
+    @property
+    def difference(self) -> Tensor:
+        """Zero where the layer, and all before it, are equivariant under this shift."""
+        return self.of_shifted_digit - self.shifted
+
+
+def features_and_shift(model: nn.Module, image: Tensor, shift: int) -> list[LayerFeatures]:
+    """Of each layer, the first being the input.
+
+    Args:
+        model: a `MobiusGaugeCNN` or `CNN`.
+        image: a digit ``(1, 1, W, L)``.
+        shift: a multiple of 4: after both poolings, features move by a quarter of it.
+    """
+    before, after = (feature_maps(model, x) for x in (image, isometry_action(image, shift, SCALAR)))
+    return [LayerFeatures(x, isometry_action(x, shift * x.shape[3] // image.shape[3], fields), y)
+            for (x, fields), (y, _) in zip(before, after)]
+
+
+def equivariance(models: dict[str, nn.Module], image: Tensor, shift: int) -> Figure:
+    """Features of a digit in each layer, the same shifted, features of the shifted digit, and their difference.
+
+    Of each layer one channel, the one that varies most. Below the difference stands its largest value in any channel, relative to
+    the largest value of the features.
+
+    Args:
+        models: trained ones, by their name in `MODELS`.
+        image, shift: as in `features_and_shift`.
+    """
+    figure = Figure(figsize=(8.6, 5.1 * len(models)), layout="constrained")
+    for part, (name, model) in zip(np.atleast_1d(figure.subfigures(len(models), hspace=0.03)), models.items()):
+        model.eval()
+        layers = features_and_shift(model, image, shift)
+        with torch.no_grad():
+            classes = [model(x).argmax(1).item() for x in (image, isometry_action(image, shift, SCALAR))]
+        part.suptitle("{}: the digit is a {}, the shifted digit a {}".format(LABELS[name], *classes), fontsize=10)
+        grid = part.subplots(4, len(layers))
+        for i, (layer, column) in enumerate(zip(layers, grid.T)):
+            channel = layer.of_digit[0].flatten(1).std(1).argmax()
+            largest = _largest(layer.of_digit[:, channel])
+            for ax, features in zip(column, layer):
+                _show(ax, features[0, channel], largest if i else None)
+            _show(column[3], layer.difference[0, channel], largest)
+            column[0].set_title(f"layer {i}" if i else "input", fontsize=9)
+            column[3].set_xlabel(f"{_largest(layer.difference) / _largest(layer.of_digit):.2g}", fontsize=9)
+        for ax, text in zip(grid[:, 0], ("features of\nthe digit", "these, shifted", "features of the\nshifted digit", "difference")):
+            ax.set_ylabel(text, fontsize=9)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------
+# Results
+
+
+def error_against_shift(rows: list[dict], size: tuple[float, float] = (8, 3.6)) -> Figure:
+    """Test error of networks on digits moved by each isometry; `rows` as in the file of that name, `size` in inches.
+
+    Runs that differ in the seed alone are one line, their mean.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    groups = {}
+    for row in rows:
+        settings = "".join(f", {name} {value}" for name, value in row.get("settings", {}).items())
+        groups.setdefault((row["model"], settings, row["train_mode"]), []).append(row["errors"])
+    lines = {}  # of each model, in the order of its settings
+    for (model, settings, train_mode), errors in sorted(groups.items(), key=lambda group: list(LABELS).index(group[0][0])):
+        means = [sum(column) / len(column) for column in zip(*errors)]
+        style = lines[model] = (lines.get(model, -1) + 1) % 4
+        axes.plot(range(len(means)), means, color=COLOURS[model], markersize=3 + style % 2, marker="os^x"[style],
+                  markerfacecolor="none" if style % 2 else COLOURS[model], linestyle=("-", "--", ":", "-.")[style],
+                  label=f"{LABELS[model]}{settings}, trained on {train_mode} digits")
+    length = len(rows[0]["errors"]) // 2
+    axes.axvline(length, linewidth=1, linestyle=":", color="grey")
+    axes.annotate("once around: the digit is reflected", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                  textcoords="offset points", ha="center", va="bottom", fontsize=9, color="grey")
+    axes.set(xlabel="shift of the test digits along the strip, in pixels", ylabel="test error in %", xlim=(-1, 2 * length), yscale="log")
+    axes.set_xticks(range(0, 2 * length, 4 if size[0] >= 8 else 8))
+    _percent_ticks(axes.yaxis, [error for row in rows for error in row["errors"]])
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1 or len(groups) > 1:
+        axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.45))
+    else:
+        axes.set_title(f"{LABELS[model]}, trained on {train_mode} digits", fontsize=9, pad=16)
+    return figure
+
+
+def _percent_ticks(axis, values: Sequence[float]) -> None:
+    """On a logarithmic axis that shows these values in %, as far as they can be shown."""
+    low, high = min((value for value in values if value > 0), default=1) / 1.4, max(*values, 1) * 1.4
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
+    axis.axes.set(**{f"{axis.axis_name}lim": (low, high)})
+
+
+def results(errors: dict[tuple[str, str], list[float]], paper: dict[str, dict[str, tuple[float, float]]]) -> Figure:
+    """Test errors on shifted digits: a dot for each run, and the paper's mean and standard deviation as a bar.
+
+    Args:
+        errors: in %, of the runs of each (model, training mode).
+        paper: mean and standard deviation, by model and training mode.
+    """
+    figure = Figure(figsize=(8.6, 3.3), layout="constrained")
+    models = [name for name in LABELS if any(errors.get((name, mode)) for mode in ("centered", "shifted"))]
+    for axes, mode in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("centered", "shifted")):
+        for row, name in enumerate(models):
+            mean, std = paper[name][mode]
+            axes.barh(row, 2 * std, left=mean - std, height=0.62, color=GREY, alpha=0.35, linewidth=0)
+            axes.plot([mean, mean], [row - 0.31, row + 0.31], color=GREY, linewidth=1.5)
+            runs = errors.get((name, mode), [])
+            axes.plot(runs, [row + 0.16 * (i % 3 - 1) * (len(runs) > 1) for i in range(len(runs))], "o", markersize=5, color=COLOURS[name],
+                      markeredgewidth=0, alpha=0.85)
+        axes.set(title=f"trained on {mode} digits", xlabel="test error on shifted digits in %", xscale="log")
+        axes.set_ylim(len(models) - 0.5, -0.5)
+        axes.set_yticks(range(len(models)), [LABELS[name] for name in models])
+        _percent_ticks(axes.xaxis, [error for of_cell in errors.values() for error in of_cell])
+        axes.grid(axis="x", color=GREY, alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    handles = [axes.plot([], [], "o", color=GREY, markersize=5)[0], Rectangle((0, 0), 1, 1, color=GREY, alpha=0.35, linewidth=0)]
+    figure.legend(handles, ["a run of this code", "paper: mean ± standard deviation of 32 runs"], loc="outside lower center", ncols=2,
+                  frameon=False)
+    return figure
+
+
+def training_curves(runs: list[dict]) -> Figure:
+    """Error in % after each epoch, of results as in result.json: of training, and on test digits wherever it was measured."""
+    figure = Figure(figsize=(8.6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    styles = {"test_error_shifted": ("-", "shifted test digits"), "test_error_centered": ("--", "centered test digits"),
+              "train_error": (":", "training digits, with dropout")}
+    for run in runs:
+        config = run["config"]
+        for key, (style, text) in styles.items():
+            epochs = [record for record in run["epochs"] if key in record]
+            axes.plot([record["epoch"] for record in epochs], [record[key] for record in epochs], linestyle=style, linewidth=1.8,
+                      color=COLOURS[config["model"]], label=f"{LABELS[config['model']]}: {text}")
+    axes.set(xlabel="epoch", ylabel="error in %", yscale="log", xlim=(0.5, max(len(run["epochs"]) for run in runs) + 0.5))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _percent_ticks(axes.yaxis, [value for line in axes.lines for value in line.get_ydata()])
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=max(1, len(runs)))
+    return figure

@@ -1,0 +1,80 @@
+"""What TensorBoard shows of a run: curves, its digits, the kernels of its first layer after each epoch, and at the end what it
+gets wrong and how its error depends on where the digits lie.
+
+    tensorboard --logdir logs --samples_per_plugin images=100     # else it shows the kernels of ten epochs only
+"""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from convert_mnist import Split
+
+# TensorBoard's cards are small: to be read there, pictures must be so too.
+SHOWN, COLUMNS = 20, 4  # digits in a picture, and in a row of it
+CARD = (4.2, 3)  # inches
+
+
+class RunEvents:
+    """Writes the events of a run into its folder.
+
+    Args:
+        path: of the folder.
+        epoch: the last one that is finished: of this and later ones TensorBoard forgets what it had, for the run may have ended
+            before all of it was written.
+
+    Raises:
+        ValueError: if TensorBoard or matplotlib are not installed.
+    """
+
+    def __init__(self, path, epoch: int) -> None:
+        new_writer = summary_writer()
+        import pictures
+
+        self._pictures = pictures
+        self.complete = any(Path(path).glob("events.*"))
+        self._writer = new_writer(path, purge_step=max(1, epoch))
+
+    def scalars(self, values: dict[str, float], epoch: int) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, epoch)
+        self._writer.flush()
+
+    def kernels(self, model: nn.Module, epoch: int) -> None:
+        self._writer.add_figure("network/kernels of the first layer", self._pictures.first_kernels(model, COLUMNS), epoch)
+        self._writer.flush()
+
+    def digits(self, name: str, split: Split) -> None:
+        images, labels = (part[:SHOWN].cpu() for part in split)
+        figure = self._pictures.digits(images, [str(label) for label in labels.tolist()], COLUMNS)
+        self._writer.add_figure(f"digits/{name}", figure, 0)
+
+    def misclassified(self, name: str, split: Split, predictions: Tensor, epoch: int) -> None:
+        """Some of the digits whose predicted class (n,) is not their label, with both."""
+        wrong = (predictions != split.labels).nonzero()[:, 0]
+        title = f"{len(wrong):,} of {len(predictions):,} {name} test digits are misclassified"
+        wrong = wrong[:SHOWN]
+        titles = [f"{label} as {prediction}" for label, prediction in zip(split.labels[wrong].tolist(), predictions[wrong].tolist())]
+        figure = self._pictures.digits(split.images[wrong].cpu(), titles, COLUMNS, title)
+        self._writer.add_figure(f"network/misclassified {name} test digits", figure, epoch)
+
+    def error_against_shift(self, row: dict, epoch: int) -> None:
+        self._writer.add_figure("network/error against shift", self._pictures.error_against_shift([row], CARD), epoch)
+
+    def hyperparameters(self, settings: dict, errors: dict[str, float]) -> None:
+        metrics = {f"final_error/{version}": error for version, error in errors.items()}
+        self._writer.add_hparams(settings, metrics, run_name=".")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def summary_writer() -> type:
+    """TensorBoard's class. Raises ValueError if it, or matplotlib, is not installed."""
+    # Not at the head: it takes seconds, and -h and --no-tensorboard do without.
+    try:
+        import matplotlib.figure  # noqa: F401
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"TensorBoard and matplotlib are not both installed ({error}): take --no-tensorboard") from error
+    return SummaryWriter
