@@ -23,7 +23,7 @@ from fields import Fields, double_cover
 from nn_layers import transport_pad
 
 SMOOTHNESS = 5.0
-LARGEST_SCALING = 0.5  # beyond, one digit in twenty is made larger than the strip, or smaller than a third
+LARGEST_SCALING = 0.3  # there, one of eight digits of 20 pixels is longer than a strip of 28, and comes to meet itself
 
 
 def displace(images: Tensor, along: Tensor, across: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class RandomDeformation:
         strength: root mean square of either component of the displacement, in pixels, before it is taken off; up to about 2.
         stroke_width: `thicken` is given amounts that are uniform between minus this and this, 0 … 1.
         scaling: standard deviation of the logarithm of the factors by which a digit is scaled, about its centre along the strip and
-            about the middle of the strip across it, each by its own; 0 … 0.5.
+            about the middle of the strip across it, either by its own; 0 … 0.3. The deformation is scaled too.
         smoothness: standard deviation of the Gaussian that smooths the noise, in pixels; a positive number up to L.
         size: W and L.
         device: on which images live.
@@ -88,7 +88,7 @@ class RandomDeformation:
         ValueError: for an argument that is not allowed.
     """
 
-    def __init__(self, strength: float, stroke_width: float = 0.0, scaling: float = 0.0, smoothness: float = SMOOTHNESS,
+    def __init__(self, strength: float, stroke_width: float = 0.0, scaling: float = 0.0, *, smoothness: float = SMOOTHNESS,
                  size: tuple[int, int] = (WIDTH, LENGTH), device="cpu") -> None:
         width, length = size
         if not 0 <= scaling <= LARGEST_SCALING:
@@ -117,13 +117,13 @@ class RandomDeformation:
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Random numbers for n images, ``(n, D)``, on the generator's device: standard normal ones, and the last uniform on -1 … 1."""
-        normal = torch.randn(n, 4 * self._scales[0].numel() + 2, generator=generator, device=generator.device)
+        normal = torch.randn(n, 4 * self._scales[0].numel() + 2 * bool(self.scaling), generator=generator, device=generator.device)
         return torch.cat([normal, 2 * torch.rand(n, 1, generator=generator, device=generator.device) - 1], dim=1)
 
     def displacements(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """The components along and across the strip, ``(N, W, L)``, in pixels; without what scaling adds to them."""
         scales = torch.cat([self._scales, self._scales], dim=2)  # of cosines and sines
-        return torch.einsum("nikm,kw,ml->inwl", drawn[:, :-3].view(-1, *scales.shape) * scales, self._across, self._along).unbind(0)
+        return torch.einsum("nikm,kw,ml->inwl", drawn[:, :4 * self._scales[0].numel()].view(-1, *scales.shape) * scales, self._across, self._along).unbind(0)
 
     def __call__(self, images: Tensor, drawn: Tensor) -> Tensor:
         """Deformed images, ``(N, 1, W, L)`` as given, in the same range of values."""

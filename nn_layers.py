@@ -624,13 +624,13 @@ class MobiusPool(nn.Module):
         check_features(x, self.in_fields)
         if self.pooling == "polyphase":
             return self._polyphase(x)
-        return self._pool(x if x.shape[3] % 2 == 0 else self._with_first_column(x))
+        return self._pool(x if x.shape[3] % 2 == 0 else self._with_first_column(x), tolerance=None)
 
     def _with_first_column(self, x: Tensor) -> Tensor:
         """One column longer: behind the last column stands the first, over the cut."""
         return torch.cat([x, cross_cut(x.narrow(3, 0, 1), self.in_fields)], dim=3)
 
-    def _pool(self, x: Tensor, tolerance: Tensor | None = None, stride: int = 2) -> Tensor:
+    def _pool(self, x: Tensor, tolerance: Tensor | None, stride: int = 2) -> Tensor:
         """2 x 2 windows, their first columns `stride` apart."""
         if x.shape[2] % 2 == 0:
             return self._windows(x, tolerance, stride=(2, stride))

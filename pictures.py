@@ -72,16 +72,16 @@ def channel_types(fields: Fields) -> list[str]:
 
 def digits(images: Tensor, titles: Sequence[str], columns: int = 8, title: str = "") -> Figure:
     """Strips ``(n, 1, W, L)`` in rows, each with its title above it; none is a figure with its title alone."""
-    columns = max(1, min(columns, len(images)))
+    columns = columns if title else max(1, min(columns, len(images)))  # wide enough for the title
     rows = max(1, math.ceil(len(images) / columns))
     figure = Figure(figsize=(columns, 1.25 * rows + 0.3 * bool(title)), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax, image, text in zip(axes, images, titles):
         _show(ax, image[0])
         ax.set_title(text, fontsize=9, pad=3)
-    for ax in list(axes)[len(images):]:
+    for ax in axes[len(images):]:
         ax.set_axis_off()
     return figure
 
@@ -96,7 +96,10 @@ def centered_and_shifted(centered: Tensor, shifted: Tensor, shifts: Tensor, labe
 
 
 def _corners(width: int, length: int) -> np.ndarray:
-    """Where the corners of a strip's pixels are in space, (3, W + 1, L + 1), the side of a pixel in the middle being 1."""
+    """Where the corners of a strip's pixels are in space, (3, W + 1, L + 1).
+
+    The sides of a pixel in the middle are 1; towards the edges, the strip is stretched or compressed along its length: unlike paper.
+    """
     across = np.arange(width + 1)[:, None] - width / 2
     around = 2 * np.pi * np.arange(length + 1) / length  # half as much is by how much the strip has turned
     radius = length / (2 * np.pi) + across * np.cos(around / 2)
@@ -109,7 +112,7 @@ def _draw_in_space(axes, image: Tensor) -> None:
     normals = np.cross(*diagonals, axis=0)
     light = np.array([0.3, -0.5, 0.8]) / np.linalg.norm([0.3, -0.5, 0.8])
     shade = 0.72 + 0.28 * np.abs(np.tensordot(light, normals / np.linalg.norm(normals, axis=0), 1))
-    colours = INK(image.numpy())
+    colours = INK(image.detach().cpu().numpy())
     colours[..., :3] *= shade[..., None]
     axes.plot_surface(*corners, facecolors=colours, rstride=1, cstride=1, shade=False, linewidth=0, antialiased=False)
     axes.plot(*corners[:, :, 0], color=COLOURS["cnn_same_channels"], linewidth=1.5, zorder=10)  # the cut
@@ -121,9 +124,7 @@ def _draw_in_space(axes, image: Tensor) -> None:
 
 
 def on_long_strip(image: Tensor, length: int) -> Tensor:
-    """A digit ``(1, 1, W, L)`` at the beginning of a strip of `length` columns: one that is no longer than sqrt(3) of its width cannot be
-    bent to a Möbius strip in space.
-    """
+    """A digit ``(1, 1, W, L)`` at the beginning of a strip of `length` columns. In space, `_corners` meets itself unless it is longer than pi W."""
     return torch.cat([image, image.new_zeros(*image.shape[:3], length - image.shape[3])], dim=3)
 
 
@@ -188,7 +189,6 @@ def transport_padding(x: Tensor, fields, pad: int) -> Figure:
         ax.spines[:].set_visible(False)
         edge = -0.5
         for left in (edge, edge + pad + length):
-            ax.add_patch(Rectangle((left, edge + pad), pad, width, facecolor=colour, alpha=0.15))
             ax.add_patch(Rectangle((left, edge + pad), pad, width, fill=False, edgecolor=colour, linewidth=2.5))
         for left in (edge + pad, edge + length):
             ax.add_patch(Rectangle((left, edge + pad), pad, width, fill=False, edgecolor=colour, linewidth=1.2, linestyle=(0, (3, 2))))
@@ -235,9 +235,15 @@ def steerable_kernels(conv: MobiusConv) -> Figure:
     return figure
 
 
+def _convolutions(model: nn.Module) -> list[MobiusConv | MobiusConvNaive]:
+    return [module for module in model.modules() if isinstance(module, (MobiusConv, MobiusConvNaive))]
+
+
 def first_kernels(model: nn.Module, columns: int = 8) -> Figure:
-    """The kernels of a network's first convolution, one for each output channel, framed in the colours of their field types."""
-    conv = next(module for module in model.modules() if isinstance(module, (MobiusConv, MobiusConvNaive)))
+    """The kernels of a network's first convolution, from its first input channel to each output channel, framed in the colours of
+    their field types.
+    """
+    conv = _convolutions(model)[0]
     if isinstance(conv, MobiusConv):
         fields = conv.out_fields
         types, titles, colours = channel_types(fields), _titles(fields), TYPE_COLOURS
@@ -247,22 +253,18 @@ def first_kernels(model: nn.Module, columns: int = 8) -> Figure:
         types, titles, colours = [""] * len(kernel), [""] * len(kernel), {"": NO_TYPE}
     columns = min(columns, len(kernel))
     rows = math.ceil(len(kernel) / columns)
-    figure = Figure(figsize=(columns, 1.2 * rows), layout="constrained")
-    for ax in figure.subplots(rows, columns, squeeze=False).flat:
-        ax.set_axis_off()
-    for ax, image, name, text in zip(figure.axes, kernel, types, titles):
-        ax.set_axis_on()
-        _show(ax, image[0], _largest(kernel), colours[name], linewidth=2)
-        ax.set_title(text.replace("regular, ", "").replace(" channel", ""), fontsize=8, pad=3)
+    figure, largest = Figure(figsize=(columns, 1.2 * rows)), _largest(kernel)
+    # Laid out by hand: this is drawn after every epoch, and constrained layout takes longer than the drawing.
+    for i, (image, name, text) in enumerate(zip(kernel, types, titles)):
+        row, column = divmod(i, columns)
+        axes = figure.add_axes(((column + 0.05) / columns, 1 - (row + 0.96) / rows, 0.9 / columns, 0.75 / rows))
+        _show(axes, image[0], largest, colours[name], linewidth=2)
+        axes.set_title(text.replace(" channel", ""), fontsize=8, pad=3)
     return figure
 
 
 # ------------------------------------------------------------------------------------------------------
 # Networks
-
-
-def _convolutions(model: nn.Module) -> list[MobiusConv | MobiusConvNaive]:
-    return [module for module in model.modules() if isinstance(module, (MobiusConv, MobiusConvNaive))]
 
 
 def model_table() -> Figure:
@@ -290,7 +292,7 @@ def model_table() -> Figure:
         axes.text(len(channels) + 0.62, row, f"{count_parameters(model):,}", ha="right", va="center", fontsize=9)
     axes.set_yticks(range(len(models)), [LABELS[name] for name in models])
     axes.set_xticks([i + 0.46 for i in range(len(channels))] + [len(channels) + 0.3],
-                    [f"conv {i + 1}\n{n} channels" for i, n in enumerate(channels)] + ["parameters\n"])
+                    [f"conv {i + 1}\n{n} channels" for i, n in enumerate(channels)] + ["parameters\n"], fontsize=8.5)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set(xlim=(-0.04, len(channels) + 0.66), ylim=(len(models) - 0.5, -0.5))
@@ -337,7 +339,12 @@ def features_and_shift(model: nn.Module, image: Tensor, shift: int) -> list[Laye
         model: a `MobiusGaugeCNN` or `CNN`.
         image: a digit ``(1, 1, W, L)``.
         shift: a multiple of 4: after both poolings, features move by a quarter of it.
+
+    Raises:
+        ValueError: for another shift, or as the model does.
     """
+    if shift % 4:
+        raise ValueError(f"shift must be a multiple of 4, got {shift}")
     before, after = (feature_maps(model, x) for x in (image, isometry_action(image, shift, SCALAR)))
     return [LayerFeatures(x, isometry_action(x, shift * x.shape[3] // image.shape[3], fields), y)
             for (x, fields), (y, _) in zip(before, after)]
@@ -359,7 +366,7 @@ def equivariance(models: dict[str, nn.Module], image: Tensor, shift: int) -> Fig
         layers = features_and_shift(model, image, shift)
         with torch.no_grad():
             classes = [model(x).argmax(1).item() for x in (image, isometry_action(image, shift, SCALAR))]
-        part.suptitle("{}: the digit is a {}, the shifted digit a {}".format(LABELS[name], *classes), fontsize=10)
+        part.suptitle("{}: the digit is classified as {}, shifted as {}".format(LABELS[name], *classes), fontsize=10)
         grid = part.subplots(4, len(layers))
         for i, (layer, column) in enumerate(zip(layers, grid.T)):
             channel = layer.of_digit[0].flatten(1).std(1).argmax()
@@ -397,14 +404,19 @@ def error_against_shift(rows: list[dict], size: tuple[float, float] = (8, 3.6)) 
                   markerfacecolor="none" if style % 2 else COLOURS[model], linestyle=("-", "--", ":", "-.")[style],
                   label=f"{LABELS[model]}{settings}, trained on {train_mode} digits")
     length = len(rows[0]["errors"]) // 2
-    axes.axvline(length, linewidth=1, linestyle=":", color="grey")
+    axes.axvline(length, ymin=0.62, linewidth=1, linestyle=":", color="grey")  # not through the legend
     axes.annotate("once around: the digit is reflected", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
                   textcoords="offset points", ha="center", va="bottom", fontsize=9, color="grey")
-    axes.set(xlabel="shift of the test digits along the strip, in pixels", ylabel="test error in %", xlim=(-1, 2 * length), yscale="log")
+    axes.set(xlabel="shift of the test digits along the strip, in pixels", ylabel="test error in %", xlim=(-1, 2 * length))
     axes.set_xticks(range(0, 2 * length, 4 if size[0] >= 8 else 8))
-    _percent_ticks(axes.yaxis, [error for row in rows for error in row["errors"]])
+    shown = [error for row in rows for error in row["errors"]]
+    if min(shown) > 0 and max(shown) > 4 * min(shown):
+        axes.set_yscale("log")
+        _percent_ticks(axes.yaxis, shown)
+    else:
+        axes.set_ylim(0, 1.2 * max(*shown, 1))
     axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1 or len(groups) > 1:
+    if len(groups) > 1:
         axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.45))
     else:
         axes.set_title(f"{LABELS[model]}, trained on {train_mode} digits", fontsize=9, pad=16)
@@ -444,7 +456,7 @@ def results(errors: dict[tuple[str, str], list[float]], paper: dict[str, dict[st
         axes.grid(axis="x", color=GREY, alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-    handles = [axes.plot([], [], "o", color=GREY, markersize=5)[0], Rectangle((0, 0), 1, 1, color=GREY, alpha=0.35, linewidth=0)]
+    handles = [axes.plot([], [], "o", markerfacecolor="none", markeredgecolor=GREY, markersize=5)[0], Rectangle((0, 0), 1, 1, color=GREY, alpha=0.35, linewidth=0)]
     figure.legend(handles, ["a run of this code", "paper: mean ± standard deviation of 32 runs"], loc="outside lower center", ncols=2,
                   frameon=False)
     return figure
@@ -461,6 +473,7 @@ def training_curves(runs: list[dict]) -> Figure:
         for key, (style, text) in styles.items():
             epochs = [record for record in run["epochs"] if key in record]
             axes.plot([record["epoch"] for record in epochs], [record[key] for record in epochs], linestyle=style, linewidth=1.8,
+                      marker="o" if key != "train_error" else None, markersize=4,
                       color=COLOURS[config["model"]], label=f"{LABELS[config['model']]}: {text}")
     axes.set(xlabel="epoch", ylabel="error in %", yscale="log", xlim=(0.5, max(len(run["epochs"]) for run in runs) + 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)

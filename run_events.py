@@ -16,12 +16,12 @@ CARD = (4.2, 3)  # inches
 
 
 class RunEvents:
-    """Writes the events of a run into its folder.
+    """Writes the events of a run into its folder, pictures into pictures/ there, so that TensorBoard can forget the one without the other.
 
     Args:
         path: of the folder.
-        epoch: the last one that is finished: of this and later ones TensorBoard forgets what it had, for the run may have ended
-            before all of it was written.
+        epoch: the last one that is finished. TensorBoard forgets all curves that it had, which are to be written anew, and the pictures of this
+            and later epochs, for the run may have ended before they were written.
 
     Raises:
         ValueError: if TensorBoard or matplotlib are not installed.
@@ -32,8 +32,9 @@ class RunEvents:
         import pictures
 
         self._pictures = pictures
-        self.complete = any(Path(path).glob("events.*"))
-        self._writer = new_writer(path, purge_step=max(1, epoch))
+        self.continued = epoch > 0 and any(Path(path, "pictures").glob("events.*"))
+        self._writer = new_writer(path, purge_step=1)
+        self._picture_writer = new_writer(Path(path, "pictures"), purge_step=epoch)
 
     def scalars(self, values: dict[str, float], epoch: int) -> None:
         for tag, value in values.items():
@@ -41,13 +42,13 @@ class RunEvents:
         self._writer.flush()
 
     def kernels(self, model: nn.Module, epoch: int) -> None:
-        self._writer.add_figure("network/kernels of the first layer", self._pictures.first_kernels(model, COLUMNS), epoch)
-        self._writer.flush()
+        self._picture_writer.add_figure("network/kernels of the first layer", self._pictures.first_kernels(model, COLUMNS), epoch)
+        self._picture_writer.flush()
 
     def digits(self, name: str, split: Split) -> None:
         images, labels = (part[:SHOWN].cpu() for part in split)
         figure = self._pictures.digits(images, [str(label) for label in labels.tolist()], COLUMNS)
-        self._writer.add_figure(f"digits/{name}", figure, 0)
+        self._picture_writer.add_figure(f"digits/{name}", figure, 0)
 
     def misclassified(self, name: str, split: Split, predictions: Tensor, epoch: int) -> None:
         """Some of the digits whose predicted class (n,) is not their label, with both."""
@@ -56,10 +57,13 @@ class RunEvents:
         wrong = wrong[:SHOWN]
         titles = [f"{label} as {prediction}" for label, prediction in zip(split.labels[wrong].tolist(), predictions[wrong].tolist())]
         figure = self._pictures.digits(split.images[wrong].cpu(), titles, COLUMNS, title)
-        self._writer.add_figure(f"network/misclassified {name} test digits", figure, epoch)
+        self._picture_writer.add_figure(f"network/misclassified {name} test digits", figure, epoch)
 
-    def error_against_shift(self, row: dict, epoch: int) -> None:
-        self._writer.add_figure("network/error against shift", self._pictures.error_against_shift([row], CARD), epoch)
+    def error_against_shift(self, row: dict, digits: int, epoch: int) -> None:
+        """Of the first `digits` test digits, moved by each isometry; `row` as in error_against_shift.json."""
+        figure = self._pictures.error_against_shift([row], CARD)
+        figure.axes[0].set_ylabel(f"error in % of {digits} test digits")
+        self._picture_writer.add_figure("network/error against shift", figure, epoch)
 
     def hyperparameters(self, settings: dict, errors: dict[str, float]) -> None:
         metrics = {f"final_error/{version}": error for version, error in errors.items()}
@@ -67,6 +71,7 @@ class RunEvents:
 
     def close(self) -> None:
         self._writer.close()
+        self._picture_writer.close()
 
 
 def summary_writer() -> type:

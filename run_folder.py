@@ -4,7 +4,7 @@
     result.json     configuration, versions and hardware, every epoch, the final test errors
     checkpoint.pt   all that the run needs to go on: configuration, weights, optimizer, random states, epochs so far
     weights.pt      state_dict
-    events.*        TensorBoard: run_events.py
+    events.*        TensorBoard: run_events.py; pictures/ has those of pictures
 
 Each but the log and the events is written beside its place and moved into it: it is of the last finished epoch, whole,
 whatever ended the run. A process holds the folder's lock while it writes there; with the process the lock goes.

@@ -286,6 +286,7 @@ class Run:
         data = data or find_data(config, self.device)
         self.training_set = data.splits[f"train_{config.train_mode}"]
         self.test_sets = {version: data.splits[f"test_{version}"] for version in config.test_versions}
+        self.centered_test_set = data.splits["test_centered"]
         digits = len(self.training_set.labels)
         if config.batch_size > digits:
             raise ValueError(f"batch_size must be at most the {digits} training digits of {data.file}, got {config.batch_size}")
@@ -394,9 +395,9 @@ class Run:
             if config.tensorboard:
                 self._begin_events()
             yield
+            folder.say(f"test error: {self._format_errors(result['epochs'][-1])}  ({result['seconds']:.0f} s, {folder.path})")
             if config.tensorboard:
                 self._end_events()
-            folder.say(f"test error: {self._format_errors(result['epochs'][-1])}  ({result['seconds']:.0f} s, {folder.path})")
         except KeyboardInterrupt:
             self.stop("interrupted")
             raise
@@ -557,9 +558,9 @@ class Run:
 
     def _begin_events(self) -> None:
         self.events = RunEvents(self.folder.path, self.epoch)
-        for record in self.result["epochs"][-1 if self.events.complete else 0:]:
+        for record in self.result["epochs"]:
             self._write_scalars(record)
-        if self.epoch == 0:
+        if not self.events.continued:
             self.events.digits(f"{self.config.train_mode} training", self.training_set)
             for version, test_set in self.test_sets.items():
                 self.events.digits(f"{version} test", test_set)
@@ -575,18 +576,17 @@ class Run:
         config, events = self.config, self.events
         for version, test_set in self.test_sets.items():
             events.misclassified(version, test_set, predict(self.model, test_set.images, config.precision), self.epoch)
-        test_set = list(self.test_sets.values())[-1]  # of centered digits, if there is one
-        images, labels = (part[:max(50, len(part) // 20)] for part in test_set)  # to move all by all isometries would take too long
+        # To move all by all isometries would take too long.
+        images, labels = (part[:max(50, len(part) // 50)] for part in self.centered_test_set)
         errors = 100 * (predict_at_every_shift(self.model, images) != labels).double().mean(1)
         row = {"model": config.model, "settings": config.changed_settings(TOLD), "train_mode": config.train_mode, "errors": errors.tolist()}
-        events.error_against_shift(row, self.epoch)
+        events.error_against_shift(row, len(labels), self.epoch)
         events.hyperparameters({name: v for name, v in asdict(config).items() if v is not None}, self.result["test_error"])
 
     def stop(self, status: str, reason: str | None = None) -> None:
         """Log and write down why the run ends before its time."""
-        self.result["status"] = status
-        if reason:
-            self.result["reason"] = reason
+        if not self.finished:  # it is while its last pictures are drawn
+            self.result |= {"status": status} | ({"reason": reason} if reason else {})
         line = f"{status} after {len(self.result['epochs'])} of {self.config.num_epochs} epochs"
         with contextlib.suppress(OSError):  # a full disk: what was saved before stays, and the cause is reported
             self.folder.save_result(self.result)
@@ -644,8 +644,8 @@ def with_defaults(protocol: dict) -> dict:
 RECIPES = {
     "paper": {},
     "improved": {
-        "pooling": "polyphase", "dropout": 0.1, "batch_size": 64, "lr": 2e-3, "lr_schedule": "cosine", "warmup_epochs": 1,
-        "deformation": 0.8, "stroke_width": 0.35, "label_smoothing": 0.1,
+        "pooling": "polyphase", "dropout": 0.1, "batch_size": 64, "lr": 3e-3, "lr_schedule": "cosine", "warmup_epochs": 1,
+        "deformation": 0.5, "stroke_width": 0.35, "scaling": 0.15, "label_smoothing": 0.1,
     },
 }
 
@@ -690,7 +690,7 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
     add("warmup_epochs", "epochs in which the learning rate rises first", type=int, metavar="N")
     add("deformation", "strength of random deformations of training digits, in pixels (root mean square), 0 to 2", type=float, metavar="X")
     add("stroke_width", "by how much strokes of training digits are thickened or thinned at random, 0 to 1", type=float, metavar="X")
-    add("scaling", "by how much training digits are made larger or smaller at random, as a standard deviation (0.1: by a tenth), 0 to 0.5",
+    add("scaling", "by how much training digits are made larger or smaller at random, as a standard deviation (0.1: by a tenth), 0 to 0.3",
         type=float, metavar="X")
     add("label_smoothing", "part of the target that is spread over all classes, in training", type=float, metavar="X")
     add("eval_freq", "test after every N epochs, 0: only at the end", type=int, metavar="N")
@@ -752,18 +752,23 @@ def _config_of(checkpoint: dict, path: Path, options: dict) -> Config:
         raise ValueError(f"the configuration in {path}, with the options given: {error}") from error
 
 
-def _latest_run(config: Config) -> Run:
-    data = find_data(config, select_device(config.device))
-    stopped, finished = [], []
+def runs_of(config: Config, data: Data) -> dict[str, list[Path]]:
+    """Folders in log_dir with a checkpoint of this configuration on these data, 'stopped' and 'finished' ones, the latest last."""
+    paths = {"stopped": [], "finished": []}
     for path in Path(config.log_dir).glob("*/result.json"):
         with contextlib.suppress(ValueError, OSError):  # some other run's, damaged
             result = read_result(path)
             same = with_defaults(result["config"]) == config.protocol() and result["data"]["sha256"] == data.sha256
             if same and path.with_name("checkpoint.pt").exists():
-                (finished if result["status"] == "finished" else stopped).append(path)
-    for paths in (stopped, finished):
-        if paths:
-            return Run(config, max(paths, key=lambda path: path.stat().st_mtime).parent, data)
+                paths["finished" if result["status"] == "finished" else "stopped"].append(path)
+    return {status: [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime)] for status, found in paths.items()}
+
+
+def _latest_run(config: Config) -> Run:
+    data = find_data(config, select_device(config.device))
+    for folders in runs_of(config, data).values():
+        if folders:
+            return Run(config, folders[-1], data)
     say(f"no run of these options in {config.log_dir} yet: this is the first")
     return Run(config, data=data)
 
@@ -832,7 +837,7 @@ def load_network(file, options: dict) -> tuple[nn.Module, Config, str]:
         raise ValueError(f"{file} holds weights alone: say of which --model")
     else:
         with contextlib.suppress(ValueError, OSError):  # in a run's folder, its result tells
-            options = {"pooling": read_result(Path(file).with_name("result.json"))["config"]["pooling"]} | options
+            options = {"pooling": with_defaults(read_result(Path(file).with_name("result.json"))["config"])["pooling"]} | options
         config = Config(**options)
     return trained_model(config, weights, file), config, trained
 

@@ -4,12 +4,14 @@
     python visualize.py strip steerable_kernels     # some of them
     python visualize.py --dataset digits            # with scikit-learn's digits: nothing is downloaded
 
-Each picture that has text is drawn twice, for light and dark pages: NAME and NAME-dark, .svg, or .png where it shows pixels.
-`equivariance` looks into two trained networks: those of --gauge_cnn and --cnn, or of the latest runs of train.py
-with nothing but its defaults; where there are none yet, they are trained first.
+Each picture whose text needs it is drawn twice, for light and dark pages: NAME and NAME-dark, .svg, or .png where it shows pixels.
+`equivariance` looks into two trained networks: those of --gauge_cnn and --cnn, or of the latest finished runs in logs/
+with nothing but train.py's defaults; where there are none, they are trained first.
 """
 
+import contextlib
 import io
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +24,8 @@ from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, write_atomically
 from fields import isometry_action
 from nn_layers import MobiusConv
 from reproduce import OTHER_DEFAULTS, PAPER, PAPER_RUNS, RESULTS, Cell, Study, read_error_against_shift
-from run_folder import Busy, read_result, say
-from train import LATEST, TRAIN_MODES, Config, find_data, keep_freed_memory, load_network, resumed_run
+from run_folder import Busy, say
+from train import LATEST, PRECISIONS, TRAIN_MODES, Config, find_data, keep_freed_memory, load_network, resumed_run, runs_of
 
 FOLDER = Path(__file__).resolve().parent / "visualizations"
 NETWORKS = {"gauge_cnn": "mobius_regular", "cnn": "cnn_same_channels"}
@@ -39,6 +41,7 @@ class Material:
         self.options = options
 
     def config(self, model: str) -> dict:
+        """Options of train.py."""
         given = {"model": model, "dataset": self.options.dataset, "data": self.options.data, "mnist_root": self.options.mnist_root}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -71,14 +74,19 @@ class Material:
             if file is not None:
                 network, config, _ = load_network(file, {"model": model})
             else:
-                run = resumed_run(LATEST, self.config(model))
-                try:
-                    run.train()
-                finally:
-                    run.close()
-                network = run.model
+                network = self._network_of_train(Config(**self.config(model)))
             networks[model] = network.cpu().double().eval()
         return networks
+
+    def _network_of_train(self, config: Config) -> torch.nn.Module:
+        data = find_data(config, torch.device("cpu"))
+        finished = runs_of(config, data)["finished"]
+        if finished:
+            return load_network(finished[-1], {"model": config.model})[0]
+        say(f"there is no finished run of {config.model} in {config.log_dir}: this one is trained first")
+        with contextlib.closing(resumed_run(LATEST, self.config(config.model))) as run:
+            run.train()
+        return run.model
 
     @cached_property
     def shifted_wrongly(self) -> tuple[Tensor, int]:
@@ -109,16 +117,18 @@ class Material:
 
     @cached_property
     def curves(self) -> list[dict]:
-        """Of each network trained on centered MNIST, the result of the run of seed 0 that was tested most often."""
-        results = []
-        for model in NETWORKS.values():
-            paths = sorted((Path(self.options.results) / "runs").glob(f"mnist-{model}-centered-seed0*.json"))
-            tested = [(sum("test_error_shifted" in record for record in result["epochs"]), -i, result)
-                      for i, result in enumerate(map(read_result, paths))]
-            if not tested:
-                raise ValueError(f"there is no run of {model} in {self.options.results}/runs: python reproduce.py makes it")
-            results.append(max(tested, key=lambda row: row[:2])[2])
-        return results
+        """Results of both networks with the paper's protocol on centered digits, seed 0: in the precision in which they were tested most."""
+        best, most = None, 0
+        for precision in PRECISIONS:
+            configs = [Config(model, precision=precision, **OTHER_DEFAULTS) for model in NETWORKS.values()]
+            study = Study(configs, self.options.results)
+            results = [study.result(config) for config in configs]
+            tested = min(sum("test_error_shifted" in record for record in result["epochs"]) if result else 0 for result in results)
+            if tested > most:
+                best, most = results, tested
+        if best is None:
+            raise ValueError(f"there are no runs of {' and '.join(NETWORKS.values())} in {study.results / 'runs'}: python reproduce.py makes them")
+        return best
 
 
 def shift_between(before: Tensor, after: Tensor) -> int:
@@ -134,8 +144,8 @@ def shift_between(before: Tensor, after: Tensor) -> int:
 
 
 class Picture(NamedTuple):
-    """draw: from the material to a figure, or to a list of frames. pixels: whether it is a PNG. text: whether it has any, and so needs
-    two versions.
+    """draw: from the material to a figure, or to a list of frames. pixels: whether it is a PNG. text: whether it has text in the page's
+    colour, and so two versions.
     """
 
     draw: Callable
@@ -190,15 +200,18 @@ def _png(figure):
 
 def _encoded(drawn, pixels: bool) -> bytes:
     """The file's content: the same figure gives the same, byte for byte."""
+    from PIL import Image
+
     file = io.BytesIO()
     if not pixels:
         drawn.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         return file.getvalue()
     frames = [_png(figure) for figure in (drawn if isinstance(drawn, list) else [drawn])]
-    frames = [frame.quantize(colors=256, method=2) for frame in frames]  # the one method that keeps transparency
     if len(frames) == 1:
         frames[0].save(file, "PNG", optimize=True)
     else:
+        # Fewer colours, which can be seen in a scale of them but not here, make it a third as large. Each has a palette of its own.
+        frames = [frame.quantize(colors=256, method=Image.Quantize.FASTOCTREE).convert("RGBA") for frame in frames]
         frames[0].save(file, "PNG", save_all=True, append_images=frames[1:], duration=80, loop=0, disposal=1)
     return file.getvalue()
 
@@ -230,7 +243,7 @@ def command_line() -> CommandLine:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="pictures to draw, all unless some are named: " + ", ".join(PICTURES))
-    add("--dataset", choices=SOURCES, default="mnist", help="digits to draw, and of the runs (%(default)s)")
+    add("--dataset", choices=SOURCES, default="mnist", help="digits to draw, and those of the networks of `equivariance` (%(default)s); results are those on MNIST")
     add("--data", metavar="FILE", help="an npz to use instead")
     add("--mnist_root", metavar="FOLDER", help="folder with MNIST's four files, for making the npz; without it they are downloaded")
     add("--gauge_cnn", metavar="FILE", help=f"a trained {NETWORKS['gauge_cnn']}: a run's folder, or its checkpoint.pt or weights.pt")
@@ -252,8 +265,10 @@ def main(argv=None) -> None:
         for name in options.names or PICTURES:
             for path in save(name, material, Path(options.out)):
                 say(str(path))
-    except (ValueError, OSError, ImportError, Busy) as error:
+    except (ValueError, OSError, ImportError, Busy, FloatingPointError, torch.OutOfMemoryError) as error:
         parser.error(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
