@@ -41,14 +41,17 @@ class RunEvents:
             self._writer.add_scalar(tag, value, epoch)
         self._writer.flush()
 
-    def kernels(self, model: nn.Module, epoch: int) -> None:
-        self._picture_writer.add_figure("network/kernels of the first layer", self._pictures.first_kernels(model, COLUMNS), epoch)
+    def _picture(self, tag: str, figure, epoch: int) -> None:
+        self._picture_writer.add_figure(tag, figure, epoch)
         self._picture_writer.flush()
+
+    def kernels(self, model: nn.Module, epoch: int) -> None:
+        self._picture("network/kernels of the first layer", self._pictures.first_kernels(model, COLUMNS), epoch)
 
     def digits(self, name: str, split: Split) -> None:
         images, labels = (part[:SHOWN].cpu() for part in split)
         figure = self._pictures.digits(images, [str(label) for label in labels.tolist()], COLUMNS)
-        self._picture_writer.add_figure(f"digits/{name}", figure, 0)
+        self._picture(f"digits/{name}", figure, 0)
 
     def misclassified(self, name: str, split: Split, predictions: Tensor, epoch: int) -> None:
         """Some of the digits whose predicted class (n,) is not their label, with both."""
@@ -57,17 +60,18 @@ class RunEvents:
         wrong = wrong[:SHOWN]
         titles = [f"{label} as {prediction}" for label, prediction in zip(split.labels[wrong].tolist(), predictions[wrong].tolist())]
         figure = self._pictures.digits(split.images[wrong].cpu(), titles, COLUMNS, title)
-        self._picture_writer.add_figure(f"network/misclassified {name} test digits", figure, epoch)
+        self._picture(f"network/misclassified {name} test digits", figure, epoch)
 
     def error_against_shift(self, row: dict, digits: int, epoch: int) -> None:
         """Of the first `digits` test digits, moved by each isometry; `row` as in error_against_shift.json."""
         figure = self._pictures.error_against_shift([row], CARD)
         figure.axes[0].set_ylabel(f"error in % of {digits} test digits")
-        self._picture_writer.add_figure("network/error against shift", figure, epoch)
+        self._picture("network/error against shift", figure, epoch)
 
     def hyperparameters(self, settings: dict, errors: dict[str, float]) -> None:
         metrics = {f"final_error/{version}": error for version, error in errors.items()}
         self._writer.add_hparams(settings, metrics, run_name=".")
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
