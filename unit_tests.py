@@ -4005,7 +4005,7 @@ class TestReadme(FilesCase):
 
 
 # About half of the time: those that read, write and start processes, beside those that compute.
-APART = ("TestConvertMNIST", "TestCheckpoints", "TestReproduce", "TestVisualize", "TestBenchmark")
+APART = ("TestConvertMNIST", "TestCheckpoints", "TestDeformation", "TestReproduce", "TestPictures", "TestVisualize", "TestBenchmark", "TestReadme")
 
 
 def run_in_two_processes() -> bool:
