@@ -117,13 +117,14 @@ class RandomDeformation:
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Random numbers for n images, ``(n, D)``, on the generator's device: standard normal ones, and the last uniform on -1 … 1."""
-        normal = torch.randn(n, 4 * self._scales[0].numel() + 2 * bool(self.scaling), generator=generator, device=generator.device)
+        normal = torch.randn(n, 2 * self._scales.numel() + 2 * bool(self.scaling), generator=generator, device=generator.device)
         return torch.cat([normal, 2 * torch.rand(n, 1, generator=generator, device=generator.device) - 1], dim=1)
 
     def displacements(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """The components along and across the strip, ``(N, W, L)``, in pixels; without what scaling adds to them."""
         scales = torch.cat([self._scales, self._scales], dim=2)  # of cosines and sines
-        return torch.einsum("nikm,kw,ml->inwl", drawn[:, :4 * self._scales[0].numel()].view(-1, *scales.shape) * scales, self._across, self._along).unbind(0)
+        scaled = drawn[:, :scales.numel()].view(-1, *scales.shape) * scales
+        return torch.einsum("nikm,kw,ml->inwl", scaled, self._across, self._along).unbind(0)
 
     def __call__(self, images: Tensor, drawn: Tensor) -> Tensor:
         """Deformed images, ``(N, 1, W, L)`` as given, in the same range of values."""

@@ -61,9 +61,14 @@ def _largest_of_type(x: Tensor, fields: Fields) -> dict[str, float]:
     return {name: _largest(block) for name, block in split_types(x, fields).items()}
 
 
+def _of_channels(fields: Fields, of_types: dict[str, list[str]]) -> list[str]:
+    """For each channel, those of a regular field being adjacent, what is said of the channels of its type."""
+    return [text for name, m in zip(REPRESENTATIONS, fields) for text in m * of_types[name]]
+
+
 def channel_types(fields: Fields) -> list[str]:
     """The field type of each channel, in the order of `fields`' channels when those of a regular field are adjacent."""
-    return [name for name, m in zip(REPRESENTATIONS, fields) for _ in range(m * REPRESENTATIONS[name].dim)]
+    return _of_channels(fields, {name: [name] * representation.dim for name, representation in REPRESENTATIONS.items()})
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -143,10 +148,8 @@ def strips_in_space(image: Tensor, shifts: Sequence[int], length: int = 5 * LENG
 
 
 CHANNEL_NAMES = {"triv": ["scalar"], "sign": ["sign-flip"], "reg": ["regular, 1st channel", "regular, 2nd channel"]}
-
-
-def _titles(fields: Fields) -> list[str]:
-    return [text for name, m in zip(REPRESENTATIONS, fields) for _ in range(m) for text in CHANNEL_NAMES[name]]
+REFLECTED = {"triv": ["as it was"], "sign": ["negated"], "reg": ["was the 2nd", "was the 1st"]}
+OVER_THE_CUT = {"triv": ["flipped"], "sign": ["flipped and negated"], "reg": ["flipped 2nd channel", "flipped 1st channel"]}
 
 
 def gauge_transformation(x: Tensor, fields) -> Figure:
@@ -164,10 +167,9 @@ def gauge_transformation(x: Tensor, fields) -> Figure:
         frame.set_axis_off()
         for ax, name, image in zip(grid[row, 1:], types, features[0]):
             _show(ax, image, largest[name], TYPE_COLOURS[name], linewidth=2.5)
-    for ax, text in zip(grid[0, 1:], _titles(fields)):
+    for ax, text in zip(grid[0, 1:], _of_channels(fields, CHANNEL_NAMES)):
         ax.set_title(text, fontsize=9)
-    actions = {"triv": ["as it was"], "sign": ["negated"], "reg": ["was the 2nd", "was the 1st"]}
-    for ax, text in zip(grid[1, 1:], [text for name, m in zip(REPRESENTATIONS, fields) for _ in range(m) for text in actions[name]]):
+    for ax, text in zip(grid[1, 1:], _of_channels(fields, REFLECTED)):
         ax.set_xlabel(text, fontsize=9)
     return figure
 
@@ -181,9 +183,8 @@ def transport_padding(x: Tensor, fields, pad: int) -> Figure:
     types, largest, (width, length) = channel_types(fields), _largest_of_type(x, fields), x.shape[2:]
     padded = transport_pad(x, pad, fields)[0]
     figure = Figure(figsize=(2 * len(types), 2.7), layout="constrained")
-    over_the_cut = {"triv": ["flipped"], "sign": ["flipped and negated"], "reg": ["flipped 2nd channel", "flipped 1st channel"]}
-    texts = [text for name, m in zip(REPRESENTATIONS, fields) for _ in range(m) for text in over_the_cut[name]]
-    for ax, name, title, text, image in zip(figure.subplots(1, len(types)), types, _titles(fields), texts, padded):
+    titles, texts = _of_channels(fields, CHANNEL_NAMES), _of_channels(fields, OVER_THE_CUT)
+    for ax, name, title, text, image in zip(figure.subplots(1, len(types)), types, titles, texts, padded):
         colour = TYPE_COLOURS[name]
         _show(ax, image, largest[name])
         ax.spines[:].set_visible(False)
@@ -209,6 +210,7 @@ CONSTRAINTS = {
 def steerable_kernels(conv: MobiusConv) -> Figure:
     """A block of kernels for each pair of field types, as the layer expands them: rows are input, columns output channels."""
     kernel = conv.expand_kernel()
+    largest = _largest(kernel)
     side, gap, between, head = 1.0, 0.1, 0.55, 0.62  # inches: of a kernel, beside it in its block, between blocks, above the first
 
     def places(fields: Fields, start: float, between: float) -> dict[str, list[float]]:
@@ -231,7 +233,7 @@ def steerable_kernels(conv: MobiusConv) -> Figure:
     for i, (name_in, top) in enumerate((name, top) for name, tops in rows.items() for top in tops):
         for o, (name_out, left) in enumerate((name, left) for name, lefts in columns.items() for left in lefts):
             axes = figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
-            _show(axes, kernel[o, i], _largest(kernel), TYPE_COLOURS[name_out], linewidth=2)
+            _show(axes, kernel[o, i], largest, TYPE_COLOURS[name_out], linewidth=2)
     return figure
 
 
@@ -246,7 +248,7 @@ def first_kernels(model: nn.Module, columns: int = 8) -> Figure:
     conv = _convolutions(model)[0]
     if isinstance(conv, MobiusConv):
         fields = conv.out_fields
-        types, titles, colours = channel_types(fields), _titles(fields), TYPE_COLOURS
+        types, titles, colours = channel_types(fields), _of_channels(fields, CHANNEL_NAMES), TYPE_COLOURS
         kernel = adjacent_channels(conv.expand_kernel(), fields, dim=0)
     else:
         kernel = conv.weight
@@ -456,7 +458,8 @@ def results(errors: dict[tuple[str, str], list[float]], paper: dict[str, dict[st
         axes.grid(axis="x", color=GREY, alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-    handles = [axes.plot([], [], "o", markerfacecolor="none", markeredgecolor=GREY, markersize=5)[0], Rectangle((0, 0), 1, 1, color=GREY, alpha=0.35, linewidth=0)]
+    handles = [axes.plot([], [], "o", markerfacecolor="none", markeredgecolor=GREY, markersize=5)[0],
+               Rectangle((0, 0), 1, 1, color=GREY, alpha=0.35, linewidth=0)]
     figure.legend(handles, ["a run of this code", "paper: mean ± standard deviation of 32 runs"], loc="outside lower center", ncols=2,
                   frameon=False)
     return figure

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, write_atomically
+from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, Split, write_atomically
 from fields import isometry_action
 from nn_layers import MobiusConv
 from reproduce import OTHER_DEFAULTS, PAPER, PAPER_RUNS, RESULTS, Cell, Study, read_error_against_shift
 from run_folder import Busy, say
-from train import LATEST, PRECISIONS, TRAIN_MODES, Config, find_data, keep_freed_memory, load_network, resumed_run, runs_of
+from train import LATEST, PRECISIONS, TRAIN_MODES, Config, Data, find_data, keep_freed_memory, load_network, resumed_run, runs_of
 
 FOLDER = Path(__file__).resolve().parent / "visualizations"
 NETWORKS = {"gauge_cnn": "mobius_regular", "cnn": "cnn_same_channels"}
@@ -46,8 +47,12 @@ class Material:
         return {name: value for name, value in given.items() if value is not None}
 
     @cached_property
-    def splits(self) -> dict:
-        return find_data(Config(**self.config("mobius_regular")), torch.device("cpu")).splits
+    def data(self) -> Data:
+        return find_data(Config(**self.config(NETWORKS["gauge_cnn"])), torch.device("cpu"))
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        return self.data.splits
 
     @property
     def digit(self) -> Tensor:
@@ -72,15 +77,14 @@ class Material:
         for option, model in NETWORKS.items():
             file = getattr(self.options, option)
             if file is not None:
-                network, config, _ = load_network(file, {"model": model})
+                network = load_network(file, {"model": model})[0]
             else:
                 network = self._network_of_train(Config(**self.config(model)))
             networks[model] = network.cpu().double().eval()
         return networks
 
     def _network_of_train(self, config: Config) -> torch.nn.Module:
-        data = find_data(config, torch.device("cpu"))
-        finished = runs_of(config, data)["finished"]
+        finished = runs_of(config, self.data)["finished"]
         if finished:
             return load_network(finished[-1], {"model": config.model})[0]
         say(f"there is no finished run of {config.model} in {config.log_dir}: this one is trained first")
@@ -190,8 +194,6 @@ PICTURES = {
 
 def _png(figure):
     """As an image, transparent where nothing is drawn. Drawn at twice the size: surfaces in space have no soft edges of their own."""
-    from PIL import Image
-
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=2 * DOTS, transparent=True)
     image = Image.open(file).convert("RGBA")
@@ -200,8 +202,6 @@ def _png(figure):
 
 def _encoded(drawn, pixels: bool) -> bytes:
     """The file's content: the same figure gives the same, byte for byte."""
-    from PIL import Image
-
     file = io.BytesIO()
     if not pixels:
         drawn.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -243,7 +243,8 @@ def command_line() -> CommandLine:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="pictures to draw, all unless some are named: " + ", ".join(PICTURES))
-    add("--dataset", choices=SOURCES, default="mnist", help="digits to draw, and those of the networks of `equivariance` (%(default)s); results are those on MNIST")
+    add("--dataset", choices=SOURCES, default="mnist",
+        help="digits to draw, and those of the networks of `equivariance` (%(default)s); results are those on MNIST")
     add("--data", metavar="FILE", help="an npz to use instead")
     add("--mnist_root", metavar="FOLDER", help="folder with MNIST's four files, for making the npz; without it they are downloaded")
     add("--gauge_cnn", metavar="FILE", help=f"a trained {NETWORKS['gauge_cnn']}: a run's folder, or its checkpoint.pt or weights.pt")
