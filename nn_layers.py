@@ -463,6 +463,15 @@ def _signed(largest: Tensor, smallest: Tensor, tolerance: Tensor | None) -> Tens
     return signed if tolerance is None else torch.where((largest + smallest).abs() <= tolerance, 0, signed)
 
 
+def _signed_by_arithmetic(largest: Tensor, negated_smallest: Tensor, tolerance: Tensor | None) -> Tensor:
+    """The values of `_signed`, but not its gradients. Comparisons and choices take a CPU several times as long as arithmetic."""
+    magnitude, difference = torch.maximum(largest, negated_smallest), largest - negated_smallest
+    if tolerance is None:
+        return torch.copysign(magnitude, difference)
+    within = torch.minimum(torch.maximum(difference, -tolerance), tolerance)
+    return magnitude * (difference - within).sign()
+
+
 def _signed_max_pool(x: Tensor, tolerance: Tensor | None = None, **alignment) -> Tensor:
     """The entry of largest magnitude in each window, with its sign."""
     return _signed(F.max_pool2d(x, 2, **alignment), -F.max_pool2d(-x, 2, **alignment), tolerance)
@@ -479,12 +488,12 @@ class _EquivMaxPool(torch.autograd.Function):
                 ceil_mode: bool) -> Tensor:
         max_pool = partial(F.max_pool2d, kernel_size=2, stride=stride, padding=padding, ceil_mode=ceil_mode, return_indices=True)
         y, index = max_pool(x)
-        smallest, at_smallest = max_pool(-_sign_channels(x, fields))
+        negated_smallest, at_smallest = max_pool(-_sign_channels(x, fields))
         y_sign, index_sign = _sign_channels(y, fields), _sign_channels(index, fields)
-        index_sign.copy_(torch.where(y_sign < smallest, at_smallest, index_sign))
-        y_sign.copy_(_signed(y_sign, -smallest, tolerance))
+        index_sign += at_smallest.sub_(index_sign).mul_((y_sign - negated_smallest).signbit())
+        y_sign.copy_(_signed_by_arithmetic(y_sign, negated_smallest, tolerance))
         ctx.save_for_backward(index)
-        ctx.zeros = None if tolerance is None else y == 0
+        ctx.is_not_zero = None if tolerance is None else y.sign().square_()
         ctx.alignment, ctx.shape = (stride, padding, (1, 1), ceil_mode), x.shape
         ctx.memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
         return y
@@ -492,8 +501,8 @@ class _EquivMaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (index,) = ctx.saved_tensors
-        if ctx.zeros is not None:
-            grad = torch.where(ctx.zeros, 0, grad)
+        if ctx.is_not_zero is not None:
+            grad = grad * ctx.is_not_zero
         # The shape and the layout of the input is all that is read of it: no reason to keep it.
         x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
         grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, (2, 2), *ctx.alignment, index)
@@ -687,7 +696,8 @@ class MobiusPool(nn.Module):
         windows = of_windows(torch.maximum, x)
         if self.in_fields.sign:
             largest = _sign_channels(windows, self.in_fields)
-            largest.copy_(_signed(largest, of_windows(torch.minimum, _sign_channels(x, self.in_fields)), tolerance))
+            smallest = of_windows(torch.minimum, _sign_channels(x, self.in_fields))
+            largest.copy_(_signed_by_arithmetic(largest, -smallest, tolerance))
         return windows[..., 0::2], windows[..., 1::2]
 
     @torch.no_grad()

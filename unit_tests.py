@@ -58,7 +58,8 @@ import visualize
 from fast_path import is_plain
 from fields import Fields, PlanarFields, adjacent_channels, arrange_channels, as_fields, cross_cut, gauge_transform, isometry_action
 from models import CNN, MODELS, MODES, MobiusGaugeCNN, build_model, count_parameters, export
-from nn_layers import POOLINGS, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad, _norm, transport_pad
+from nn_layers import (POOLINGS, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad, _norm, _signed_max_pool,
+                       transport_pad)
 
 ROOT = Path(__file__).resolve().parent
 DOUBLE = torch.float64
@@ -647,6 +648,20 @@ class TestPolyphasePooling(Case):
             x = x.sign()
             with self.assertRaises(AssertionError):
                 self.assertClose(MobiusPool(fields)(gauge_transform(x, fields)), gauge_transform(MobiusPool(fields)(x), fields))
+
+    def test_sign_flip_fields_are_pooled_as_by_the_formula(self):
+        """Bit for bit: their values, gradients and phases are computed without it where nothing differentiates the gradient."""
+        pool = MobiusPool((0, 2, 0), "polyphase")
+        for dtype, tolerant in itertools.product((DOUBLE, torch.float32, torch.bfloat16), (False, True)):
+            x = torch.randint(-2, 3, (200, 2, 4, 6)).to(dtype)
+            tolerance = pool._tolerance(x) if tolerant else None
+            x = (x + tolerant * 2 * pool._tolerance(x) * torch.randn(x.shape, dtype=dtype)).requires_grad_()
+            outputs = [pool._pool(x, tolerance), _signed_max_pool(x, tolerance)]
+            with self.subTest(dtype=dtype, tolerant=tolerant):
+                gradients = [torch.autograd.grad(output, x, torch.ones_like(output))[0] for output in outputs]
+                even, _ = pool._phases(x.detach(), tolerance)
+                self.assertTrue(torch.equal(*outputs) and torch.equal(*gradients) and torch.equal(even, outputs[1]))
+                self.assertTrue((outputs[1] == 0).any())
 
     def test_digits(self):
         """Large parts of the strip are blank, and features there nothing but rounding, or equal over many windows."""
