@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.overrides import TorchFunctionMode
 
-from train import Diverged, Run, cross_entropy
+from train import Diverged, Run, build_optimizer, cross_entropy
 
 
 class _GivenDropout(nn.Module):
@@ -65,7 +65,7 @@ class ParallelRuns:
         self.parameters, self.buffers = stack_module_state([run.model for run in runs])
         self.model = copy.deepcopy(first.model).train()
         self.dropouts = self._give_dropouts()
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=first.config.lr, weight_decay=first.config.weight_decay)
+        self.optimizer = build_optimizer(first.config, self.parameters.values(), stacked=True)
         for name, parameter in self.parameters.items():
             states = [run.optimizer.state.get(run.model.get_parameter(name)) for run in runs]
             if states[0]:

@@ -36,6 +36,7 @@ from data_loader import batches, load_dataset
 from deformation import LARGEST_SCALING, RandomDeformation
 from fields import as_integer, isometry_action
 from models import DROPOUT, MODELS, build_model, count_parameters
+from muon import Muon
 from nn_layers import POOLINGS
 from run_events import RunEvents, summary_writer
 from run_folder import BadCheckpoint, Busy, RunFolder, new_folder, read_checkpoint, read_result, read_weights, say
@@ -44,6 +45,7 @@ TRAIN_MODES = ("centered", "shifted")
 TEST_MODES = ("shifted", "centered", "both")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("adam", "muon")
 LR_SCHEDULES = ("step", "cosine")
 LARGEST_DEFORMATION = 2  # beyond, digits do not stay where they are, nor recognisable
 EVAL_BATCH_SIZE = 500
@@ -72,7 +74,8 @@ class Config:
     train_mode, test_mode: which version of the digits to train and to test on.
     num_epochs: at least 1.
     batch_size: at least 2, for batch normalisation, and at most the number of training digits.
-    weight_decay: L2, Adam's own, on all parameters.
+    optimizer: 'muon': `muon.Muon` for the kernels, Adam for the rest.
+    weight_decay: with 'adam' L2, Adam's own, on all parameters; with 'muon' decoupled, on the kernels.
     lr_schedule: 'step': the learning rate lr is divided by lr_decay_factor after every lr_decay_period epochs (0: never);
         'cosine': it falls to 0 in half a wave. In the first warmup_epochs it rises to what it is after them.
     deformation, stroke_width, scaling: of training digits, at random; see `deformation.RandomDeformation`.
@@ -92,6 +95,7 @@ class Config:
     test_mode: str = "both"
     num_epochs: int = 20
     batch_size: int = 128
+    optimizer: str = "adam"
     weight_decay: float = 1e-6
     lr: float = 5e-3
     lr_decay_period: int = 4
@@ -118,7 +122,8 @@ class Config:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
         for name, allowed in (("model", MODELS), ("pooling", POOLINGS), ("train_mode", TRAIN_MODES), ("test_mode", TEST_MODES),
-                              ("lr_schedule", LR_SCHEDULES), ("dataset", SOURCES), ("device", DEVICES), ("precision", PRECISIONS)):
+                              ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES), ("dataset", SOURCES), ("device", DEVICES),
+                              ("precision", PRECISIONS)):
             require(name, getattr(self, name) in list(allowed), f"one of {', '.join(allowed)}")
         for name in ("num_epochs", "batch_size", "lr_decay_period", "warmup_epochs", "eval_freq", "seed"):
             as_integer(getattr(self, name), name)
@@ -183,6 +188,14 @@ def select_device(name: str) -> torch.device:
     elif name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here; take --device cpu or auto")
     return torch.device(name)
+
+
+def build_optimizer(config: Config, parameters: Iterable[Tensor], stacked: bool = False) -> torch.optim.Adam:
+    """A new optimizer. `stacked`: see `Muon`."""
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "muon":
+        return Muon(parameters, **settings, stacked=stacked)
+    return torch.optim.Adam(parameters, **settings)
 
 
 class Data(NamedTuple):
@@ -314,7 +327,7 @@ class Run:
         # Initialised on the CPU, a seed means the same weights on every device.
         self.model = build_model(config.model, pooling=config.pooling, dropout=config.dropout).to(self.device)
         self.random = self.global_random_states()
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = build_optimizer(config, self.model.parameters())
         self.steps = len(self.training_set.labels) // config.batch_size  # of an epoch
         amounts = config.deformation, config.stroke_width, config.scaling
         self.deform = RandomDeformation(*amounts, device=self.device) if any(amounts) else None
@@ -464,7 +477,8 @@ class Run:
             state = checkpoint["optimizer"]["state"]
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
             for i, parameter in enumerate(self.model.parameters()):
-                if not state[i]["exp_avg"].shape == state[i]["exp_avg_sq"].shape == parameter.shape or state[i]["step"].ndim:
+                moments = ["exp_avg"] if self.config.optimizer == "muon" and parameter.ndim == 4 else ["exp_avg", "exp_avg_sq"]
+                if any(state[i][name].shape != parameter.shape for name in moments) or state[i]["step"].ndim:
                     raise ValueError("shapes of the optimizer's state")
             self.random = {name: state for name, state in checkpoint["random"].items() if name != "order"}
             self.order.set_state(checkpoint["random"]["order"])
@@ -682,7 +696,8 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
     add("test_mode", "version of the test digits", choices=TEST_MODES)
     add("num_epochs", "passes over the training set", type=int, metavar="N")
     add("batch_size", "digits in a step", type=int, metavar="N")
-    add("weight_decay", "L2 penalty on all parameters", type=float, metavar="X")
+    add("optimizer", "muon: with orthogonalized momentum, for the kernels", choices=OPTIMIZERS)
+    add("weight_decay", "L2 penalty on all parameters; with --optimizer muon decoupled, of the kernels only", type=float, metavar="X")
     add("lr", "learning rate", type=float, metavar="X")
     add("lr_decay_period", "divide the learning rate after every N epochs, 0: never", type=int, metavar="N")
     add("lr_decay_factor", "by this", type=float, metavar="X")

@@ -48,6 +48,7 @@ import benchmark
 import convert_mnist
 import data_loader
 import deformation
+import muon
 import parallel_seeds
 import pictures
 import reproduce
@@ -2036,6 +2037,7 @@ class TestTrain(RunsCase):
             "train_mode": "centered", "test_mode": "both", "num_epochs": 20, "batch_size": 128, "weight_decay": 1e-6, "lr": 5e-3,
             "lr_decay_period": 4, "lr_decay_factor": 2, "eval_freq": 1, "dataset": "mnist", "device": "auto", "precision": "fp32",
             "pooling": "fixed", "lr_schedule": "step", "warmup_epochs": 0, "deformation": 0, "stroke_width": 0, "scaling": 0, "dropout": 0.3, "label_smoothing": 0,
+            "optimizer": "adam",
         })
 
     def test_the_run_is_what_was_asked_for(self):
@@ -2047,9 +2049,12 @@ class TestTrain(RunsCase):
             self.assertEqual(list(run.test_sets), ["shifted", "centered"] if test_mode == "both" else [test_mode])
             for version, test_set in run.test_sets.items():
                 self.assertTrue(np.array_equal(test_set.images, arrays[f"test_data_{version}"]))
+        for optimizer, kind, decay in (("adam", torch.optim.Adam, "weight_decay"), ("muon", muon.Muon, "kernel_decay")):
+            run = train.Run(self.config(optimizer=optimizer, weight_decay=0.03, lr=0.02))
+            run.folder.close()
             (group,) = run.optimizer.param_groups
-            self.assertIs(type(run.optimizer), torch.optim.Adam)
-            self.assertEqual((group["weight_decay"], group["lr"], len(group["params"])), (0.03, 0.02, len(list(run.model.parameters()))))
+            self.assertIs(type(run.optimizer), kind)
+            self.assertEqual((group[decay], group["lr"], len(group["params"])), (0.03, 0.02, len(list(run.model.parameters()))))
 
     def test_learns(self):
         for model in ("mobius_mixed", "cnn_same_channels"):
@@ -2467,7 +2472,8 @@ class TestCheckpoints(RunsCase):
         self.finish(self.config(num_epochs=3, seed=1), stop_after=1)
         stopped = self.finish(self.config(num_epochs=3), stop_after=2)
         stored = json.loads((stopped / "result.json").read_text())
-        for name in ("pooling", "dropout", "lr_schedule", "warmup_epochs", "deformation", "stroke_width", "scaling", "label_smoothing"):  # as before there were these
+        for name in ("pooling", "dropout", "lr_schedule", "warmup_epochs", "deformation", "stroke_width", "scaling", "label_smoothing",
+                     "optimizer"):  # as before there were these
             del stored["config"][name]
         run_folder.write_json(stopped / "result.json", stored)
         self.finish(self.config(num_epochs=3, data=str(write_npz(self.folder / "other.npz", 16, 8))), stop_after=1)
@@ -2849,6 +2855,124 @@ class TestDeformation(Case):
 # parallel_seeds.py
 
 
+class TestMuon(Case):
+    def setUp(self):
+        torch.manual_seed(0)
+
+    def test_orthogonalize(self):
+        """The singular vectors stay, and of singular values far apart all become about 1."""
+        for shape in [(6, 10), (10, 6), (5, 5), (1, 7), (3, 2, 6, 10)]:
+            u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=DOUBLE), full_matrices=False)
+            values = torch.logspace(0, -2, min(shape[-2:]), dtype=DOUBLE)
+            for scale in (1e-20, 1.0, 1e20):
+                result = muon.orthogonalize(scale * u * values @ vh)
+                of_result = u.mT @ result @ vh.mT
+                diagonal = of_result.diagonal(dim1=-2, dim2=-1)
+                self.assertClose(of_result, torch.diag_embed(diagonal))
+                self.assertClose(u @ of_result @ vh, result)
+                self.assertTrue(((diagonal > 0.6) & (diagonal < 1.25)).all(), diagonal)
+        self.assertEqual(muon.orthogonalize(torch.zeros(2, 3)).abs().max(), 0)
+        for dtype in (torch.float32, torch.float16):
+            matrix = torch.randn(20, 50)
+            self.assertClose(muon.orthogonalize(matrix.to(dtype)).float(), muon.orthogonalize(matrix), {torch.float32: 1e-5}.get(dtype, 0.05))
+
+    def test_first_step(self):
+        """Along the orthogonalized gradient, as long as Adam's would be; other parameters get Adam's own."""
+        for model in (build_model("mobius_mixed", dtype=DOUBLE), build_model("cnn_same_params", dtype=DOUBLE)):
+            other = copy.deepcopy(model)
+            optimizers = muon.Muon(model.parameters(), lr=0.01, weight_decay=0.1), torch.optim.Adam(other.parameters(), lr=0.01)
+            before = copy.deepcopy(model)
+            for network, optimizer in zip((model, other), optimizers):
+                torch.manual_seed(1)
+                F.cross_entropy(network(torch.rand(4, 1, 28, 28, dtype=DOUBLE)), torch.arange(4)).backward()
+                gradients = [parameter.grad.clone() for parameter in network.parameters()]
+                optimizer.step()
+                self.assertTrue(all(torch.equal(parameter.grad, grad) for parameter, grad in zip(network.parameters(), gradients)))
+            kernels = 0
+            for (name, new), old, of_adam, gradient in zip(model.named_parameters(), before.parameters(), other.parameters(), gradients):
+                if new.ndim == 4:
+                    kernels += 1
+                    step, expected = (old * (1 - 0.01 * 0.1) - new).flatten(1) / 0.01, muon.orthogonalize(gradient.flatten(1))
+                    self.assertClose(step / step.norm(), expected / expected.norm())
+                    self.assertTrue(0.1 < step.square().mean().sqrt() < 0.25, name)
+                else:
+                    self.assertTrue(torch.equal(new, of_adam), name)
+            self.assertGreaterEqual(kernels, 6)
+
+    def test_momentum(self):
+        """Written out for one kernel: a running mean of gradients, of which the newest counts once more."""
+        kernel, gradients = torch.randn(2, 3, 1, 1, dtype=DOUBLE), torch.randn(4, 2, 3, 1, 1, dtype=DOUBLE)
+        parameter = nn.Parameter(kernel.clone())
+        optimizer = muon.Muon([parameter], lr=0.1, momentum=0.6)
+        mean = torch.zeros_like(kernel)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+            mean = 0.6 * mean + 0.4 * gradient
+            direction = muon.orthogonalize((0.6 * mean + 0.4 * gradient).flatten(1))
+            kernel = kernel - 0.1 * 0.2 * 3**0.5 * direction.view_as(kernel)
+            self.assertClose(parameter.detach(), kernel)
+
+    def test_stacked_networks(self):
+        """Each as alone."""
+        alone = [[nn.Parameter(torch.randn(shape, dtype=DOUBLE)) for shape in ((4, 3, 5, 5), (4, 3), (4,))] for _ in range(3)]
+        together = [nn.Parameter(torch.stack(parameters).detach()) for parameters in zip(*alone)]
+        optimizers = [*map(muon.Muon, alone), muon.Muon(together, stacked=True)]
+        for _ in range(2):
+            for parameter in together:
+                parameter.grad = torch.randn_like(parameter)
+            for network, parameters in enumerate(alone):
+                for parameter, of_all in zip(parameters, together):
+                    parameter.grad = of_all.grad[network].clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        for network, parameters in enumerate(alone):
+            for parameter, of_all in zip(parameters, together):
+                self.assertClose(parameter, of_all[network])
+
+    def test_is_an_optimizer(self):
+        """With closures, copies, states and groups as any other; parameters without a gradient stay."""
+        parameters = [nn.Parameter(torch.randn(2, 2, 3, 3)), nn.Parameter(torch.randn(2))]
+        optimizer = muon.Muon(parameters[:1], lr=0.5)
+        optimizer.add_param_group({"params": parameters[1:], "lr": 0.0})
+
+        def closure():
+            optimizer.zero_grad()
+            loss = sum(parameter.square().sum() for parameter in parameters)
+            loss.backward()
+            return loss
+
+        before = [parameter.detach().clone() for parameter in parameters]
+        self.assertClose(optimizer.step(closure), sum(parameter.square().sum() for parameter in before), 1e-5)
+        self.assertNotClose(parameters[0], before[0])
+        self.assertTrue(torch.equal(parameters[1], before[1]))
+        copied = copy.deepcopy(optimizer)
+        self.assertEqual([group["momentum"] for group in copied.param_groups], [0.95, 0.95])
+        loaded = muon.Muon([{"params": [parameter]} for parameter in copy.deepcopy(parameters)])
+        loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for each in (copied, loaded):
+            for group, of_first in zip(each.param_groups, optimizer.param_groups):
+                group["params"][0].grad = of_first["params"][0].grad.clone()
+            each.step()
+        optimizer.step()
+        self.assertTrue(torch.equal(loaded.param_groups[0]["params"][0], parameters[0]))
+        self.assertTrue(torch.equal(copied.param_groups[0]["params"][0], parameters[0]))
+        before = parameters[0].detach().clone()
+        optimizer.zero_grad()
+        optimizer.step()
+        self.assertTrue(torch.equal(parameters[0], before))
+        for bad in ({"momentum": 1.0}, {"momentum": -0.1}, {"lr": -1.0}, {"weight_decay": -1.0}):
+            with self.assertRaises(ValueError):
+                muon.Muon(parameters, **bad)
+
+    def test_kernels_stay_steerable(self):
+        layer = MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE)
+        optimizer = muon.Muon(layer.parameters(), lr=0.1)
+        layer(torch.randn(2, 4, 6, 8, dtype=DOUBLE)).square().sum().backward()
+        optimizer.step()
+        self.assertIsometryEquivariant(layer, (1, 1, 1), (1, 1, 1), 6, 8)
+
+
 class TestParallelSeeds(RunsCase):
     def runs(self, seeds, dtype=torch.float32, **options):
         runs = []
@@ -3015,7 +3139,8 @@ class TestReproduce(RunsCase):
         # Every setting that makes a difference makes another file, whatever its value.
         other = {"num_epochs": 3, "batch_size": 8, "weight_decay": 0.1, "lr": 0.1, "lr_decay_period": 1, "lr_decay_factor": 3,
                  "precision": "bf16", "test_mode": "shifted", "dataset": "digits", "pooling": "polyphase", "lr_schedule": "cosine",
-                 "warmup_epochs": 1, "deformation": 0.5, "stroke_width": 0.2, "scaling": 0.2, "dropout": 0.1, "label_smoothing": 0.1}
+                 "warmup_epochs": 1, "deformation": 0.5, "stroke_width": 0.2, "scaling": 0.2, "dropout": 0.1, "label_smoothing": 0.1,
+                 "optimizer": "muon"}
         self.assertEqual(set(train.Config("mobius_regular").protocol()) - {"model", "train_mode", "seed", "eval_freq"}, set(other))
         configs = [train.Config("mobius_regular", **{key: value}) for key, value in 
                    (other | {"data": "my.npz", "train_mode": "shifted", "seed": 1}).items()]
