@@ -158,8 +158,8 @@ def measure_pooling(models: list[str], precisions: list[str], rounds: int, batch
                 row[task] = {"fixed": summary(times[0], batch_size), "polyphase": summary(times[1], batch_size)}
                 row[task]["ratio"] = statistics.median(times[1]) / statistics.median(times[0])
             rows.append(row)
-            print(f"{name:18} {precision}   polyphase / fixed: training step {row['step']['ratio']:.3f}, inference {row['infer']['ratio']:.3f}",
-                  flush=True)
+            print(f"{name:18} {precision}   polyphase / fixed: training step {row['step']['ratio']:.3f}, "
+                  f"inference {row['infer']['ratio']:.3f}", flush=True)
     return rows
 
 

@@ -129,7 +129,10 @@ def _draw_in_space(axes, image: Tensor) -> None:
 
 
 def on_long_strip(image: Tensor, length: int) -> Tensor:
-    """A digit ``(1, 1, W, L)`` at the beginning of a strip of `length` columns. In space, `_corners` meets itself unless it is longer than pi W."""
+    """A digit ``(1, 1, W, L)`` at the beginning of a strip of `length` columns.
+
+    In space, `_corners` meets itself unless it is longer than pi W.
+    """
     return torch.cat([image, image.new_zeros(*image.shape[:3], length - image.shape[3])], dim=3)
 
 

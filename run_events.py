@@ -20,8 +20,8 @@ class RunEvents:
 
     Args:
         path: of the folder.
-        epoch: the last one that is finished. TensorBoard forgets all curves that it had, which are to be written anew, and the pictures of this
-            and later epochs, for the run may have ended before they were written.
+        epoch: the last one that is finished. TensorBoard forgets all curves that it had, which are to be written anew, and the
+            pictures of this and later epochs, for the run may have ended before they were written.
 
     Raises:
         ValueError: if TensorBoard or matplotlib are not installed.

@@ -145,7 +145,8 @@ class Config:
             is_used = self.lr_schedule == "step"
             require(name, is_used or getattr(self, name) == DEFAULTS[name],
                     f"left out with lr_schedule {self.lr_schedule}, which recipe improved has too (--lr_schedule step uses it)")
-        require("warmup_epochs", 0 <= self.warmup_epochs < self.num_epochs, f"at least 0 and below num_epochs {self.num_epochs} (recipe improved has 1)")
+        require("warmup_epochs", 0 <= self.warmup_epochs < self.num_epochs,
+                f"at least 0 and below num_epochs {self.num_epochs} (recipe improved has 1)")
         require("deformation", 0 <= self.deformation <= LARGEST_DEFORMATION, f"a number of pixels, 0 … {LARGEST_DEFORMATION}")
         require("stroke_width", 0 <= self.stroke_width <= 1, "a number, 0 … 1")
         require("scaling", 0 <= self.scaling <= LARGEST_SCALING, f"a number, 0 … {LARGEST_SCALING}")
@@ -687,7 +688,9 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
     parser.add_argument(
         "--recipe", choices=RECIPES, default=argparse.SUPPRESS,
         help="other defaults for some of the options below (paper); " + "; ".join(
-            f"{recipe}: " + " ".join(f"--{name} {value}" for name, value in settings.items()) for recipe, settings in RECIPES.items() if settings),
+            f"{recipe}: " + " ".join(f"--{name} {value}" for name, value in settings.items())
+            for recipe, settings in RECIPES.items() if settings
+        ),
     )
     add("model", "one of the seven", choices=MODELS, metavar="{" + ",".join(MODELS) + "}")
     add("pooling", "grid of the pooling windows: as published, or chosen by the data", choices=POOLINGS)

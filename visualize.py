@@ -121,7 +121,7 @@ class Material:
 
     @cached_property
     def curves(self) -> list[dict]:
-        """Results of both networks with the paper's protocol on centered digits, seed 0: in the precision in which they were tested most."""
+        """Results of both networks, the paper's protocol on centered digits, seed 0: in the precision in which they were tested most."""
         best, most = None, 0
         for precision in PRECISIONS:
             configs = [Config(model, precision=precision, **OTHER_DEFAULTS) for model in NETWORKS.values()]
@@ -131,7 +131,9 @@ class Material:
             if tested > most:
                 best, most = results, tested
         if best is None:
-            raise ValueError(f"there are no runs of {' and '.join(NETWORKS.values())} in {study.results / 'runs'}: python reproduce.py makes them")
+            raise ValueError(
+                f"there are no runs of {' and '.join(NETWORKS.values())} in {study.results / 'runs'}: python reproduce.py makes them"
+            )
         return best
 
 
