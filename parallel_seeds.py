@@ -65,7 +65,7 @@ class ParallelRuns:
         self.parameters, self.buffers = stack_module_state([run.model for run in runs])
         self.model = copy.deepcopy(first.model).train()
         self.dropouts = self._give_dropouts()
-        self.optimizer = build_optimizer(first.config, self.parameters.values(), stacked=True)
+        self.optimizer = build_optimizer(first.config, first.model, self.parameters)
         for name, parameter in self.parameters.items():
             states = [run.optimizer.state.get(run.model.get_parameter(name)) for run in runs]
             if states[0]:

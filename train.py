@@ -191,12 +191,12 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_optimizer(config: Config, parameters: Iterable[Tensor], stacked: bool = False) -> torch.optim.Adam:
-    """A new optimizer. `stacked`: see `Muon`."""
+def build_optimizer(config: Config, model: nn.Module, stacked: dict[str, Tensor] | None = None) -> torch.optim.Adam:
+    """A new optimizer, of the model's parameters or of those that are `stacked`: see `Muon`."""
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "muon":
-        return Muon(parameters, **settings, stacked=stacked)
-    return torch.optim.Adam(parameters, **settings)
+        return Muon(model, **settings, stacked=stacked)
+    return torch.optim.Adam(model.parameters() if stacked is None else stacked.values(), **settings)
 
 
 class Data(NamedTuple):
@@ -328,7 +328,7 @@ class Run:
         # Initialised on the CPU, a seed means the same weights on every device.
         self.model = build_model(config.model, pooling=config.pooling, dropout=config.dropout).to(self.device)
         self.random = self.global_random_states()
-        self.optimizer = build_optimizer(config, self.model.parameters())
+        self.optimizer = build_optimizer(config, self.model)
         self.steps = len(self.training_set.labels) // config.batch_size  # of an epoch
         amounts = config.deformation, config.stroke_width, config.scaling
         self.deform = RandomDeformation(*amounts, device=self.device) if any(amounts) else None

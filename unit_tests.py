@@ -2859,6 +2859,12 @@ class TestMuon(Case):
     def setUp(self):
         torch.manual_seed(0)
 
+    @staticmethod
+    def backward(model):
+        torch.manual_seed(1)
+        dtype = next(model.parameters()).dtype
+        F.cross_entropy(model(torch.rand(4, 1, 28, 28, dtype=dtype)), torch.arange(4)).backward()
+
     def test_orthogonalize(self):
         """The singular vectors stay, and of singular values far apart all become about 1."""
         for shape in [(6, 10), (10, 6), (5, 5), (1, 7), (3, 2, 6, 10)]:
@@ -2877,64 +2883,117 @@ class TestMuon(Case):
             self.assertClose(muon.orthogonalize(matrix.to(dtype)).float(), muon.orthogonalize(matrix), {torch.float32: 1e-5}.get(dtype, 0.05))
 
     def test_first_step(self):
-        """Along the orthogonalized gradient, as long as Adam's would be; other parameters get Adam's own."""
-        for model in (build_model("mobius_mixed", dtype=DOUBLE), build_model("cnn_same_params", dtype=DOUBLE)):
-            other = copy.deepcopy(model)
-            optimizers = muon.Muon(model.parameters(), lr=0.01, weight_decay=0.1), torch.optim.Adam(other.parameters(), lr=0.01)
-            before = copy.deepcopy(model)
+        """As long as Adam's would be; and of a conventional layer along the orthogonalized gradient. Other parameters get Adam's own."""
+        for name in ("mobius_regular", "mobius_mixed", "cnn_same_params"):
+            model = build_model(name, dtype=DOUBLE)
+            before, other = copy.deepcopy(model), copy.deepcopy(model)
+            optimizers = muon.Muon(model, lr=0.01, weight_decay=0.1), torch.optim.Adam(other.parameters(), lr=0.01)
             for network, optimizer in zip((model, other), optimizers):
-                torch.manual_seed(1)
-                F.cross_entropy(network(torch.rand(4, 1, 28, 28, dtype=DOUBLE)), torch.arange(4)).backward()
+                self.backward(network)
                 gradients = [parameter.grad.clone() for parameter in network.parameters()]
                 optimizer.step()
                 self.assertTrue(all(torch.equal(parameter.grad, grad) for parameter, grad in zip(network.parameters(), gradients)))
             kernels = 0
-            for (name, new), old, of_adam, gradient in zip(model.named_parameters(), before.parameters(), other.parameters(), gradients):
+            for (path, new), old, of_adam, gradient in zip(model.named_parameters(), before.parameters(), other.parameters(), gradients):
                 if new.ndim == 4:
                     kernels += 1
-                    step, expected = (old * (1 - 0.01 * 0.1) - new).flatten(1) / 0.01, muon.orthogonalize(gradient.flatten(1))
-                    self.assertClose(step / step.norm(), expected / expected.norm())
-                    self.assertTrue(0.1 < step.square().mean().sqrt() < 0.25, name)
+                    step = (old * (1 - 0.01 * 0.1) - new).flatten(1) / 0.01
+                    self.assertTrue(0.1 < step.square().mean().sqrt() < 0.25, f"{name} {path}")
+                    if not path.endswith("2reg"):
+                        expected = muon.orthogonalize(gradient.flatten(1))
+                        self.assertClose(step / step.norm(), expected / expected.norm())
                 else:
-                    self.assertTrue(torch.equal(new, of_adam), name)
+                    self.assertTrue(torch.equal(new, of_adam), f"{name} {path}")
             self.assertGreaterEqual(kernels, 6)
+
+    def test_a_step_is_of_the_steerable_kernel(self):
+        """To regular fields: along the orthogonalized gradient of the whole kernel, which is steerable as the gradient is."""
+        def orthogonalize(matrix):
+            u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+            return u @ vh
+
+        for in_fields in TYPES.values():
+            layer = MobiusConv([3 * n for n in in_fields], (0, 0, 2), 3, dtype=DOUBLE)
+            weights, _ = layer.parameters()
+            weights.grad = torch.randn_like(weights)
+            of_gradient, before = copy.deepcopy(layer), layer.expand_kernel().detach()
+            nn.utils.vector_to_parameters(torch.cat([weights.grad.flatten(), torch.zeros(2)]), of_gradient.parameters())
+            with mock.patch("muon.orthogonalize", orthogonalize):
+                muon.Muon(layer).step()
+            step, expected = ((before - layer.expand_kernel()).flatten(1), orthogonalize(of_gradient.expand_kernel().flatten(1)))
+            self.assertClose(step / step.norm(), expected / expected.norm())
+
+    def test_frames_make_no_difference(self):
+        """Which of a regular field's two channels is the first is a choice of frame: seen in another one, a network is trained to the same."""
+        scalars, fields = (1, 0, 0), (0, 0, 3)
+        model = nn.Sequential(MobiusConv(scalars, fields, 3), nn.ELU(), MobiusConv(fields, fields, 3), nn.ELU(), MobiusConv(fields, scalars, 3)).double()
+
+        def in_other_frames(model):
+            """Fields 0 and 2 of both hidden layers are in the other frame."""
+            model = copy.deepcopy(model)
+            with torch.no_grad():
+                for layer, in_fields in ((model[0], scalars), (model[2], fields)):
+                    weights = layer.get_parameter("weights_triv2reg" if layer is model[0] else "weights_reg2reg")
+                    weights[::2] = cross_cut(weights, as_fields(in_fields))[::2]
+                model[2].weights_reg2reg.copy_(model[2].weights_reg2reg[:, [1, 0, 2, 3, 5, 4]])
+                model[4].weights_reg2triv[:, ::2] = model[4].weights_reg2triv[:, ::2].flip(2)
+            return model
+
+        def trained(model, optimizer):
+            x, y = torch.randn(8, 1, 6, 8, generator=torch.Generator().manual_seed(0), dtype=DOUBLE), torch.arange(8, dtype=DOUBLE)
+            for _ in range(3):
+                optimizer.zero_grad()
+                (model(x).mean((1, 2, 3)) - y).square().sum().backward()
+                optimizer.step()
+            return nn.utils.parameters_to_vector(in_other_frames(model).parameters() if model is first else model.parameters())
+
+        x = torch.randn(2, 1, 6, 8, dtype=DOUBLE)
+        self.assertClose(in_other_frames(model)(x), model(x))
+        for parts in (muon.Muon._parts, lambda self, kernel, direction: direction[None]):
+            first, second = copy.deepcopy(model), in_other_frames(model)
+            with mock.patch.object(muon.Muon, "_parts", parts):
+                results = [trained(network, muon.Muon(network, lr=0.01)) for network in (first, second)]
+            if parts is muon.Muon._parts:
+                self.assertClose(*results)
+            else:  # the array of its free values: another one, another step
+                self.assertNotClose(*results)
 
     def test_momentum(self):
         """Written out for one kernel: a running mean of gradients, of which the newest counts once more."""
-        kernel, gradients = torch.randn(2, 3, 1, 1, dtype=DOUBLE), torch.randn(4, 2, 3, 1, 1, dtype=DOUBLE)
-        parameter = nn.Parameter(kernel.clone())
-        optimizer = muon.Muon([parameter], lr=0.1, momentum=0.6)
+        layer, gradients = nn.Conv2d(3, 2, 1, bias=False, dtype=DOUBLE), torch.randn(4, 2, 3, 1, 1, dtype=DOUBLE)
+        kernel = layer.weight.detach().clone()
+        optimizer = muon.Muon(layer, lr=0.1, momentum=0.6)
         mean = torch.zeros_like(kernel)
         for gradient in gradients:
-            parameter.grad = gradient.clone()
+            layer.weight.grad = gradient.clone()
             optimizer.step()
             mean = 0.6 * mean + 0.4 * gradient
             direction = muon.orthogonalize((0.6 * mean + 0.4 * gradient).flatten(1))
             kernel = kernel - 0.1 * 0.2 * 3**0.5 * direction.view_as(kernel)
-            self.assertClose(parameter.detach(), kernel)
+            self.assertClose(layer.weight.detach(), kernel)
 
     def test_stacked_networks(self):
         """Each as alone."""
-        alone = [[nn.Parameter(torch.randn(shape, dtype=DOUBLE)) for shape in ((4, 3, 5, 5), (4, 3), (4,))] for _ in range(3)]
-        together = [nn.Parameter(torch.stack(parameters).detach()) for parameters in zip(*alone)]
-        optimizers = [*map(muon.Muon, alone), muon.Muon(together, stacked=True)]
+        networks = [build_model("mobius_mixed", dtype=DOUBLE) for _ in range(3)]
+        stacked, _ = torch.func.stack_module_state(networks)
+        optimizers = [*map(muon.Muon, networks), muon.Muon(copy.deepcopy(networks[0]), stacked=stacked)]
         for _ in range(2):
-            for parameter in together:
+            for name, parameter in stacked.items():
                 parameter.grad = torch.randn_like(parameter)
-            for network, parameters in enumerate(alone):
-                for parameter, of_all in zip(parameters, together):
-                    parameter.grad = of_all.grad[network].clone()
+                for network, gradient in zip(networks, parameter.grad):
+                    network.get_parameter(name).grad = gradient.clone()
             for optimizer in optimizers:
                 optimizer.step()
-        for network, parameters in enumerate(alone):
-            for parameter, of_all in zip(parameters, together):
-                self.assertClose(parameter, of_all[network])
+        for name, parameter in stacked.items():
+            for network, of_network in zip(networks, parameter):
+                self.assertClose(network.get_parameter(name), of_network)
 
     def test_is_an_optimizer(self):
         """With closures, copies, states and groups as any other; parameters without a gradient stay."""
-        parameters = [nn.Parameter(torch.randn(2, 2, 3, 3)), nn.Parameter(torch.randn(2))]
-        optimizer = muon.Muon(parameters[:1], lr=0.5)
-        optimizer.add_param_group({"params": parameters[1:], "lr": 0.0})
+        layer, more = MobiusConv((0, 0, 2), (0, 0, 2), 3), nn.Parameter(torch.randn(2))
+        optimizer = muon.Muon(layer, lr=0.5)
+        optimizer.add_param_group({"params": [more], "lr": 0.0})
+        parameters = [*layer.parameters(), more]
 
         def closure():
             optimizer.zero_grad()
@@ -2945,32 +3004,28 @@ class TestMuon(Case):
         before = [parameter.detach().clone() for parameter in parameters]
         self.assertClose(optimizer.step(closure), sum(parameter.square().sum() for parameter in before), 1e-5)
         self.assertNotClose(parameters[0], before[0])
-        self.assertTrue(torch.equal(parameters[1], before[1]))
-        copied = copy.deepcopy(optimizer)
+        self.assertTrue(torch.equal(more, before[-1]))
+        copied, of_copy = copy.deepcopy((optimizer, parameters))
         self.assertEqual([group["momentum"] for group in copied.param_groups], [0.95, 0.95])
-        loaded = muon.Muon([{"params": [parameter]} for parameter in copy.deepcopy(parameters)])
+        of_loaded = copy.deepcopy(layer)
+        loaded = muon.Muon(of_loaded)
+        loaded.add_param_group({"params": [copy.deepcopy(more)]})
         loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        for each in (copied, loaded):
-            for group, of_first in zip(each.param_groups, optimizer.param_groups):
-                group["params"][0].grad = of_first["params"][0].grad.clone()
+        for parameter, *others in zip(parameters, of_copy, [*of_loaded.parameters(), more]):
+            for other in others:
+                other.grad = parameter.grad.clone()
+        for each in (optimizer, copied, loaded):
             each.step()
-        optimizer.step()
-        self.assertTrue(torch.equal(loaded.param_groups[0]["params"][0], parameters[0]))
-        self.assertTrue(torch.equal(copied.param_groups[0]["params"][0], parameters[0]))
+        for parameter, *others in zip(layer.parameters(), of_copy, of_loaded.parameters()):
+            for other in others:
+                self.assertTrue(torch.equal(parameter, other))
         before = parameters[0].detach().clone()
         optimizer.zero_grad()
         optimizer.step()
         self.assertTrue(torch.equal(parameters[0], before))
         for bad in ({"momentum": 1.0}, {"momentum": -0.1}, {"lr": -1.0}, {"weight_decay": -1.0}):
             with self.assertRaises(ValueError):
-                muon.Muon(parameters, **bad)
-
-    def test_kernels_stay_steerable(self):
-        layer = MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE)
-        optimizer = muon.Muon(layer.parameters(), lr=0.1)
-        layer(torch.randn(2, 4, 6, 8, dtype=DOUBLE)).square().sum().backward()
-        optimizer.step()
-        self.assertIsometryEquivariant(layer, (1, 1, 1), (1, 1, 1), 6, 8)
+                muon.Muon(layer, **bad)
 
 
 class TestParallelSeeds(RunsCase):
