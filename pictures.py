@@ -401,13 +401,15 @@ def error_against_shift(rows: list[dict], size: tuple[float, float] = (8, 3.6)) 
     for row in rows:
         settings = "".join(f", {name} {value}" for name, value in row.get("settings", {}).items())
         groups.setdefault((row["model"], settings, row["train_mode"]), []).append(row["errors"])
+    common = {train_mode for _, _, train_mode in groups}
+    common = f"trained on {common.pop()} digits" if len(common) == 1 else ""
     lines = {}  # of each model, in the order of its settings
-    for (model, settings, train_mode), errors in sorted(groups.items(), key=lambda group: list(LABELS).index(group[0][0])):
+    for (model, settings, train_mode), errors in sorted(groups.items(), key=lambda group: (list(LABELS).index(group[0][0]), group[0])):
         means = [sum(column) / len(column) for column in zip(*errors)]
         style = lines[model] = (lines.get(model, -1) + 1) % 4
         axes.plot(range(len(means)), means, color=COLOURS[model], markersize=3 + style % 2, marker="os^x"[style],
                   markerfacecolor="none" if style % 2 else COLOURS[model], linestyle=("-", "--", ":", "-.")[style],
-                  label=f"{LABELS[model]}{settings}, trained on {train_mode} digits")
+                  label=f"{LABELS[model]}{settings}" + ("" if common else f", trained on {train_mode} digits"))
     length = len(rows[0]["errors"]) // 2
     axes.axvline(length, ymin=0.62, linewidth=1, linestyle=":", color="grey")  # not through the legend
     axes.annotate("once around: the digit is reflected", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
@@ -422,9 +424,9 @@ def error_against_shift(rows: list[dict], size: tuple[float, float] = (8, 3.6)) 
         axes.set_ylim(0, 1.2 * max(*shown, 1))
     axes.spines[["top", "right"]].set_visible(False)
     if len(groups) > 1:
-        axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.45))
+        axes.legend(title=common, frameon=False, loc="center", bbox_to_anchor=(0.5, 0.45))
     else:
-        axes.set_title(f"{LABELS[model]}, trained on {train_mode} digits", fontsize=9, pad=16)
+        axes.set_title(f"{LABELS[model]}, {common}", fontsize=9, pad=16)
     return figure
 
 

@@ -3742,11 +3742,20 @@ class TestPictures(Case):
         (axes,) = pictures.error_against_shift(self.ROWS).axes
         curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) == 56}
         self.assertEqual(curves, {
-            "CNN (channels), trained on centered digits": [float(2 + shift) for shift in range(56)],
-            "gauge CNN (regular), trained on centered digits": [1.25] * 56,
-            "gauge CNN (regular), pooling polyphase, trained on centered digits": [1.5] * 56,
+            "CNN (channels)": [float(2 + shift) for shift in range(56)],
+            "gauge CNN (regular)": [1.25] * 56,
+            "gauge CNN (regular), pooling polyphase": [1.5] * 56,
         })
         self.assertEqual([text.get_text() for text in axes.get_legend().get_texts()], list(curves))
+        self.assertEqual(axes.get_legend().get_title().get_text(), "trained on centered digits")
+        # The same settings have the same kind of line, in whatever order they come; the digits are told where they differ.
+        rows = [self.ROWS[3], self.ROWS[2], self.ROWS[0], self.ROWS[0] | {"train_mode": "shifted"}]
+        (axes,) = pictures.error_against_shift(rows).axes
+        self.assertEqual({line.get_label(): line.get_linestyle() for line in axes.lines if len(line.get_ydata()) == 56}, {
+            "CNN (channels), trained on centered digits": "-", "CNN (channels), trained on shifted digits": "--",
+            "gauge CNN (regular), trained on centered digits": "-",
+            "gauge CNN (regular), pooling polyphase, trained on centered digits": "--",
+        })
         # A network without errors can be drawn too.
         for errors in ([0.0] * 56, [0.0, 2.0] * 28):
             (axes,) = pictures.error_against_shift([self.ROWS[2] | {"errors": errors}]).axes
