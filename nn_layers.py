@@ -464,7 +464,7 @@ def _signed(largest: Tensor, smallest: Tensor, tolerance: Tensor | None) -> Tens
 
 
 def _signed_by_arithmetic(largest: Tensor, negated_smallest: Tensor, tolerance: Tensor | None) -> Tensor:
-    """The values of `_signed`, but not its gradients. Comparisons and choices take a CPU several times as long as arithmetic."""
+    """The finite values of `_signed`, but not its gradients. Comparisons and choices take a CPU several times as long as arithmetic."""
     magnitude, difference = torch.maximum(largest, negated_smallest), largest - negated_smallest
     if tolerance is None:
         return torch.copysign(magnitude, difference)
@@ -493,7 +493,7 @@ class _EquivMaxPool(torch.autograd.Function):
         index_sign += at_smallest.sub_(index_sign).mul_((y_sign - negated_smallest).signbit())
         y_sign.copy_(_signed_by_arithmetic(y_sign, negated_smallest, tolerance))
         ctx.save_for_backward(index)
-        ctx.is_not_zero = None if tolerance is None else y.sign().square_()
+        ctx.fields, ctx.is_not_zero = fields, None if tolerance is None else y_sign.sign().square_()
         ctx.alignment, ctx.shape = (stride, padding, (1, 1), ceil_mode), x.shape
         ctx.memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
         return y
@@ -502,7 +502,8 @@ class _EquivMaxPool(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (index,) = ctx.saved_tensors
         if ctx.is_not_zero is not None:
-            grad = grad * ctx.is_not_zero
+            grad = grad.clone()
+            _sign_channels(grad, ctx.fields).mul_(ctx.is_not_zero)
         # The shape and the layout of the input is all that is read of it: no reason to keep it.
         x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
         grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, (2, 2), *ctx.alignment, index)
@@ -649,7 +650,7 @@ class MobiusPool(nn.Module):
 
     def _windows(self, x: Tensor, tolerance: Tensor | None, stride: tuple[int, int], padding: tuple[int, int] = (0, 0),
                  ceil_mode: bool = False) -> Tensor:
-        if self.in_fields.sign and is_plain(x):
+        if self.in_fields.sign and is_plain(x) and x.is_floating_point():
             return _EquivMaxPool.apply(x, self.in_fields, tolerance, stride, padding, ceil_mode)
         alignment = {"stride": stride, "padding": padding, "ceil_mode": ceil_mode}
         signed_max_pool = partial(_signed_max_pool, tolerance=tolerance, **alignment)
