@@ -4,56 +4,70 @@
 
 A step along the momentum of a kernel is mostly a step along few directions, those in which a layer's gradients agree. Muon
 takes the matrix M = U S V^T of output channels times everything else, and steps along U V^T instead: along all directions
-equally. For the kernels of a `MobiusConv`, M is the steerable kernel, not the array of its free values: so a step does not depend
-on which of a regular field's two channels is called the first. Of the sum of the two channels and of their difference, which are a
-trivial and a sign-flip field, M consists of two matrices, which are taken by themselves.
+equally.
+
+Here M is the steerable kernel that the free values of a `MobiusConv` stand for, not the array of them: block by block, one for each
+pair of field types. U V^T is steerable as M is. For a regular output field, the sum and the difference of its two channels are a
+trivial and a sign-flip field; M falls into one matrix for each. As with Adam, and not with the array in place of M, it makes no
+difference which of a field's two channels is the first.
 
 Source: Jordan et al., *Muon: An optimizer for hidden layers in neural networks* (2024); the scale of its steps: Liu et al.,
 arXiv:2502.16982, Section 2.2.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
 from fields import REPRESENTATIONS, Fields, cross_cut
-from nn_layers import MobiusConv
+from nn_layers import STEERABLE_BLOCKS, MobiusConv
 
-# An odd polynomial that takes 0.7 … 1.2 to itself, and triples what is far below: after five, 0.01 is there too. By Jordan et al.
+# Of an odd polynomial that triples what is small, and leaves what is about 1 there; by Jordan et al.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+EPSILON = 1e-7  # of a norm: gradients that small are no direction any more
 ADAM_RMS = 0.2  # about that of Adam's steps, in units of the learning rate: the same learning rates do for both
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of matrices U S V^T: singular values that are not tiny beside the largest become 0.7 … 1.2.
+def orthogonalize(parts: Tensor, steps: int = 5) -> Tensor:
+    """About U V^T of matrices U S V^T, by Newton-Schulz iterations.
+
+    Singular values of at least a hundredth of the norm become 0.6 … 1.2. Matrices whose norm is about 1e-7 or less stay small.
 
     Args:
-        matrix: ``(..., rows, columns)``; each of a batch by itself.
-        steps: Newton-Schulz iterations.
+        parts: ``(parts, ..., rows, columns)``, matrices that act on orthogonal spaces, and from any to orthogonal ones: their norm is
+            that of all parts together. Each of a batch, in between, is taken by itself.
+        steps: number of iterations.
 
     Returns:
-        Tensor of the same shape; of zeros for zeros.
+        Tensor of the same shape and dtype, computed in float32 at least.
     """
-    if matrix.shape[-2] > matrix.shape[-1]:
-        return orthogonalize(matrix.mT, steps).mT
     a, b, c = COEFFICIENTS
-    matrix = matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp(min=torch.finfo(matrix.dtype).tiny)
-    # Each step multiplies the matrix from the left by a polynomial in its Gram matrix, which is small: only there they are taken.
-    gram = matrix @ matrix.mT
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    product = identity
-    for _ in range(steps):
-        factor = a * identity + b * gram + c * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
-    return product @ matrix
+    with torch.autocast(parts.device.type, enabled=False):
+        matrix = parts.to(torch.promote_types(parts.dtype, torch.float32))
+        matrix = matrix / (torch.linalg.vector_norm(matrix, dim=(0, -2, -1), keepdim=True) + EPSILON)
+        if matrix.shape[-2] > matrix.shape[-1]:
+            matrix = matrix.mT
+        # Each step multiplies the matrix from the left by a polynomial in its Gram matrix, which is small: only there they are taken.
+        gram = matrix @ matrix.mT
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        product = identity
+        for _ in range(steps):
+            factor = a * identity + b * gram + c * gram @ gram
+            product = factor @ product
+            gram = factor @ gram @ factor
+        matrix = product @ matrix
+        return (matrix if matrix.shape[-2:] == parts.shape[-2:] else matrix.mT).to(parts.dtype)
 
 
 class Muon(torch.optim.Adam):
-    """Muon for kernels, which are parameters of four dimensions; `torch.optim.Adam` for all others.
+    """Muon for kernels, the weights of the model's `MobiusConv` and `nn.Conv2d` layers; `torch.optim.Adam` for all other parameters.
+
+    Weights that are parametrized are not known for a kernel, nor are those of layers that are added later.
 
     Args:
         model: whose parameters to optimize.
-        lr: learning rate of both.
+        lr: learning rate of both, at least 0.
         momentum: of the running mean of a kernel's gradients, at least 0 and below 1.
         weight_decay: of kernels only, decoupled: each step takes lr times this part off them; at least 0.
         stacked: parameters to optimize instead, by the names of the model's own: those of several networks, along a first dimension.
@@ -71,54 +85,73 @@ class Muon(torch.optim.Adam):
             raise ValueError(f"weight_decay must be a number of at least 0, got {weight_decay}")
         parameters = dict(model.named_parameters()) if stacked is None else stacked
         super().__init__(parameters.values(), lr=lr)
-        of_kernels = {"momentum": momentum, "kernel_decay": weight_decay, "kernel_dims": 4 if stacked is None else 5}
-        self.defaults |= of_kernels  # of groups that are added later
-        for group in self.param_groups:
-            group |= of_kernels
-        # Of weights that give regular fields, those that they take.
-        self.in_fields = {
-            parameters[name]: Fields(0, 0, 0)._replace(**{in_type: getattr(layer.in_fields, in_type)})
-            for path, layer in model.named_modules() if isinstance(layer, MobiusConv)
-            for in_type in REPRESENTATIONS if (name := f"{path}.weights_{in_type}2reg".lstrip(".")) in parameters
-        }
+        self.momentum, self.kernel_decay = momentum, weight_decay
+        self.kernels = {}  # the field types between which each of them maps; None in a conventional layer
+        for path, layer in model.named_modules():
+            blocks = {}
+            if isinstance(layer, MobiusConv):
+                blocks = {f"weights_{in_type}2{out_type}": (in_type, out_type) for in_type, out_type in STEERABLE_BLOCKS}
+            elif isinstance(layer, nn.Conv2d):
+                blocks = {"weight": None}
+            for name, types in blocks.items():
+                name = f"{path}.{name}" if path else name
+                if name in parameters:
+                    self.kernels[parameters[name]] = types
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"in_fields": self.in_fields}
+        names = ("momentum", "kernel_decay", "kernels")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def step(self, closure=None):
+        """One step of all parameters that have a gradient. Returns the loss of a `closure` that computes it and the gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         gradients = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.ndim == group["kernel_dims"] and parameter.grad is not None:
-                    gradients[parameter] = parameter.grad
-                    self._step_of_kernel(parameter, group)
-                    parameter.grad = None  # Adam leaves alone what has no gradient
-        super().step()
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
+        try:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter in self.kernels and parameter.grad is not None:
+                        gradients[parameter] = parameter.grad
+                        parameter.grad = None  # Adam leaves alone what has no gradient
+                        self._step_of_kernel(parameter, gradients[parameter], group["lr"])
+            inspect.unwrap(torch.optim.Adam.step)(self)  # without hooks, which are those of this step
+        finally:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
         return loss
 
-    def _step_of_kernel(self, kernel: Tensor, group: dict) -> None:
-        state, gradient = self.state[kernel], kernel.grad
-        if not state:
-            state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(kernel)}  # by the names that Adam looks for when it is loaded
+    def _step_of_kernel(self, kernel: Tensor, gradient: Tensor, lr: float) -> None:
+        state = self.state[kernel]
+        if not state:  # by the names that Adam looks for when it is loaded
+            state |= {"step": torch.tensor(0.0, device="cpu"), "exp_avg": torch.zeros_like(kernel)}
         state["step"] += 1
-        state["exp_avg"].lerp_(gradient, 1 - group["momentum"])
+        state["exp_avg"].lerp_(gradient, 1 - self.momentum)
         # Nesterov's momentum: the gradient counts once more.
-        parts = self._parts(kernel, gradient.lerp(state["exp_avg"], group["momentum"])).flatten(-3)
-        rows, columns = parts.shape[-2:]
-        kernel.mul_(1 - group["lr"] * group["kernel_decay"])
-        kernel.sub_(orthogonalize(parts).sum(0).view_as(kernel), alpha=group["lr"] * ADAM_RMS * max(rows, columns / len(parts)) ** 0.5)
+        direction = gradient.lerp(state["exp_avg"], self.momentum)
+        kernel.mul_(1 - lr * self.kernel_decay)
+        kernel.sub_(self._orthogonalized(direction, self.kernels[kernel]), alpha=lr * ADAM_RMS)
 
-    def _parts(self, kernel: Tensor, direction: Tensor) -> Tensor:
-        """Of a direction in the space of a kernel's values, (parts, ...), those to the irreducible fields that its output consists of."""
-        if kernel not in self.in_fields:
-            return direction[None]
-        # What a regular field's second channel has where the first has the direction.
-        second = cross_cut(direction.flatten(0, -4), self.in_fields[kernel]).view_as(direction)
-        return torch.stack([direction + second, direction - second])
+    @staticmethod
+    def _orthogonalized(direction: Tensor, types: tuple[str, str] | None) -> Tensor:
+        """A direction in the space of a block's free values, ``(..., o, i, rows, k)``, with the block's singular values made equal.
+
+        Its root mean square is about 1 where they all are.
+        """
+        in_type, out_type = types or (None, None)
+        scale, parts = 1.0, direction[None]
+        if out_type == "reg":
+            # What the second channel has where the first has the direction.
+            in_fields = Fields(0, 0, 0)._replace(**{in_type: direction.shape[-3] // REPRESENTATIONS[in_type].dim})
+            second = cross_cut(direction.flatten(0, -4), in_fields).view_as(direction)
+            parts = torch.stack([direction + second, direction - second])
+        elif types and in_type == out_type:
+            # A value of the upper rows stands for two, one of the centre row for itself.
+            scale = direction.new_full((direction.shape[-2], 1), 0.5**0.5)
+            scale[-1] = 1
+            parts = scale * parts
+        matrices = parts.flatten(-3)
+        rows, columns = matrices.shape[-2:]
+        return max(rows, columns / len(parts)) ** 0.5 * scale * orthogonalize(matrices).sum(0).view_as(direction)

@@ -478,7 +478,7 @@ class Run:
             state = checkpoint["optimizer"]["state"]
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
             for i, parameter in enumerate(self.model.parameters()):
-                moments = ["exp_avg"] if self.config.optimizer == "muon" and parameter.ndim == 4 else ["exp_avg", "exp_avg_sq"]
+                moments = ["exp_avg"] if parameter in getattr(self.optimizer, "kernels", ()) else ["exp_avg", "exp_avg_sq"]
                 if any(state[i][name].shape != parameter.shape for name in moments) or state[i]["step"].ndim:
                     raise ValueError("shapes of the optimizer's state")
             self.random = {name: state for name, state in checkpoint["random"].items() if name != "order"}
@@ -659,7 +659,8 @@ def with_defaults(protocol: dict) -> dict:
 RECIPES = {
     "paper": {},
     "improved": {
-        "pooling": "polyphase", "dropout": 0.1, "batch_size": 64, "lr": 3e-3, "lr_schedule": "cosine", "warmup_epochs": 1,
+        "pooling": "polyphase", "dropout": 0.1, "batch_size": 64,
+        "lr": 3e-3, "lr_schedule": "cosine", "warmup_epochs": 1,
         "deformation": 0.5, "stroke_width": 0.35, "scaling": 0.15, "label_smoothing": 0.1,
     },
 }
