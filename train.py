@@ -660,7 +660,7 @@ RECIPES = {
     "paper": {},
     "improved": {
         "pooling": "polyphase", "dropout": 0.1, "batch_size": 64,
-        "lr": 3e-3, "lr_schedule": "cosine", "warmup_epochs": 1,
+        "optimizer": "muon", "lr": 3e-3, "lr_schedule": "cosine", "warmup_epochs": 1,
         "deformation": 0.5, "stroke_width": 0.35, "scaling": 0.15, "label_smoothing": 0.1,
     },
 }

@@ -2239,7 +2239,7 @@ class TestTrain(RunsCase):
         self.assertEqual(followed, train.RECIPES["improved"] | {"model": "mobius_regular", "lr": 0.1})
         self.assertEqual(train.follow_recipe({"seed": 1, "recipe": "paper"}), {"seed": 1})
         printed = self.main(train, *self.options("--recipe", "improved", "--batch_size", "16", "--num_epochs", "2"))
-        self.assertIn("not the paper's protocol: pooling polyphase, dropout 0.1, num_epochs 2, batch_size 16, lr 0.003", printed)
+        self.assertIn("not the paper's protocol: pooling polyphase, dropout 0.1, num_epochs 2, batch_size 16, optimizer muon, lr 0.003", printed)
         (path,) = (self.folder / "logs").glob("*/result.json")
         stored = json.loads(path.read_text())["config"]
         self.assertEqual(stored, stored | train.RECIPES["improved"] | {"batch_size": 16})
