@@ -3,13 +3,13 @@
     optimizer = Muon(model, lr=3e-3)
 
 A step along the momentum of a kernel is mostly a step along few directions, those in which a layer's gradients agree. Muon
-takes the matrix M = U S V^T of output channels times everything else, and steps along U V^T instead: along all directions
+takes it for a matrix M = U S V^T, of output channels times everything else, and steps along U V^T instead: along all directions
 equally.
 
-Here M is the steerable kernel that the free values of a `MobiusConv` stand for, not the array of them: block by block, one for each
-pair of field types. U V^T is steerable as M is. For a regular output field, the sum and the difference of its two channels are a
-trivial and a sign-flip field; M falls into one matrix for each. As with Adam, and not with the array in place of M, it makes no
-difference which of a field's two channels is the first.
+Of a `MobiusConv`, M is the steerable kernel that its free values stand for, not the array of them; one for each pair of field types.
+U V^T is steerable as M is. For a regular output field, the sum and the difference of its two channels are a trivial and a sign-flip
+field, and M falls into one matrix for each. As with Adam, and unlike with the array in place of M, it makes no difference which of a
+field's two channels is the first.
 
 Source: Jordan et al., *Muon: An optimizer for hidden layers in neural networks* (2024); the scale of its steps: Liu et al.,
 arXiv:2502.16982, Section 2.2.
@@ -25,18 +25,18 @@ from nn_layers import STEERABLE_BLOCKS, MobiusConv
 
 # Of an odd polynomial that triples what is small, and leaves what is about 1 there; by Jordan et al.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-EPSILON = 1e-7  # of a norm: gradients that small are no direction any more
+EPSILON = 1e-7  # added to a norm: a gradient that small has no direction
 ADAM_RMS = 0.2  # about that of Adam's steps, in units of the learning rate: the same learning rates do for both
 
 
 def orthogonalize(parts: Tensor, steps: int = 5) -> Tensor:
     """About U V^T of matrices U S V^T, by Newton-Schulz iterations.
 
-    Singular values of at least a hundredth of the norm become 0.6 … 1.2. Matrices whose norm is about 1e-7 or less stay small.
+    Singular values of at least a hundredth of the norm become 0.6 … 1.2. Matrices with a norm far below 1e-7 stay small.
 
     Args:
-        parts: ``(parts, ..., rows, columns)``, matrices that act on orthogonal spaces, and from any to orthogonal ones: their norm is
-            that of all parts together. Each of a batch, in between, is taken by itself.
+        parts: ``(parts, ..., rows, columns)``, the blocks of a block-diagonal matrix, which share its norm; in between, a batch of such
+            matrices, each of which is taken by itself.
         steps: number of iterations.
 
     Returns:
