@@ -69,23 +69,29 @@ class Muon(torch.optim.Adam):
         model: whose parameters to optimize.
         lr: learning rate of both, at least 0.
         momentum: of the running mean of a kernel's gradients, at least 0 and below 1.
-        weight_decay: of kernels only, decoupled: each step takes lr times this part off them; at least 0.
+        weight_decay: of kernels only, decoupled: each step takes lr times this part off them; at least 0. In `param_groups` it is
+            "kernel_decay"; "weight_decay" is Adam's there.
         stacked: parameters to optimize instead, by the names of the model's own: those of several networks, along a first dimension.
             The kernels of each are taken by themselves.
 
     Raises:
-        ValueError: for an argument that is not allowed.
+        ValueError, TypeError: for an argument that is not allowed.
     """
 
     def __init__(self, model: nn.Module, lr: float = 3e-3, momentum: float = 0.95, weight_decay: float = 0.0,
                  stacked: dict[str, Tensor] | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, whose layers say which parameters are kernels, got {type(model).__name__}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be a number of at least 0 and below 1, got {momentum}")
-        if not weight_decay >= 0:
+        if not 0 <= weight_decay < float("inf"):
             raise ValueError(f"weight_decay must be a number of at least 0, got {weight_decay}")
         parameters = dict(model.named_parameters()) if stacked is None else stacked
         super().__init__(parameters.values(), lr=lr)
-        self.momentum, self.kernel_decay = momentum, weight_decay
+        of_kernels = {"momentum": momentum, "kernel_decay": weight_decay}  # beside Adam's settings, where others change and save them too
+        self.defaults |= of_kernels
+        for group in self.param_groups:
+            group |= of_kernels
         self.kernels = {}  # the field types between which each of them maps; None in a conventional layer
         for path, layer in model.named_modules():
             blocks = {}
@@ -99,8 +105,13 @@ class Muon(torch.optim.Adam):
                     self.kernels[parameters[name]] = types
 
     def __getstate__(self) -> dict:
-        names = ("momentum", "kernel_decay", "kernels")
-        return super().__getstate__() | {name: getattr(self, name) for name in names}
+        return super().__getstate__() | {"kernels": self.kernels}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As of any optimizer. Raises ValueError for the state of another kind."""
+        if any(not {"momentum", "kernel_decay"} <= set(group) for group in state_dict["param_groups"]):
+            raise ValueError("this is not the state of a Muon: its param_groups lack momentum and kernel_decay")
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -116,23 +127,23 @@ class Muon(torch.optim.Adam):
                     if parameter in self.kernels and parameter.grad is not None:
                         gradients[parameter] = parameter.grad
                         parameter.grad = None  # Adam leaves alone what has no gradient
-                        self._step_of_kernel(parameter, gradients[parameter], group["lr"])
+                        self._step_of_kernel(parameter, gradients[parameter], group)
             inspect.unwrap(torch.optim.Adam.step)(self)  # without hooks, which are those of this step
         finally:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
         return loss
 
-    def _step_of_kernel(self, kernel: Tensor, gradient: Tensor, lr: float) -> None:
+    def _step_of_kernel(self, kernel: Tensor, gradient: Tensor, group: dict) -> None:
         state = self.state[kernel]
         if not state:  # by the names that Adam looks for when it is loaded
             state |= {"step": torch.tensor(0.0, device="cpu"), "exp_avg": torch.zeros_like(kernel)}
         state["step"] += 1
-        state["exp_avg"].lerp_(gradient, 1 - self.momentum)
+        state["exp_avg"].lerp_(gradient, 1 - group["momentum"])
         # Nesterov's momentum: the gradient counts once more.
-        direction = gradient.lerp(state["exp_avg"], self.momentum)
-        kernel.mul_(1 - lr * self.kernel_decay)
-        kernel.sub_(self._orthogonalized(direction, self.kernels[kernel]), alpha=lr * ADAM_RMS)
+        direction = gradient.lerp(state["exp_avg"], group["momentum"])
+        kernel.mul_(1 - group["lr"] * group["kernel_decay"])
+        kernel.sub_(self._orthogonalized(direction, self.kernels[kernel]), alpha=group["lr"] * ADAM_RMS)
 
     @staticmethod
     def _orthogonalized(direction: Tensor, types: tuple[str, str] | None) -> Tensor:

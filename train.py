@@ -146,7 +146,7 @@ class Config:
             require(name, is_used or getattr(self, name) == DEFAULTS[name],
                     f"left out with lr_schedule {self.lr_schedule}, which recipe improved has too (--lr_schedule step uses it)")
         require("warmup_epochs", 0 <= self.warmup_epochs < self.num_epochs,
-                f"at least 0 and below num_epochs {self.num_epochs} (recipe improved has 1)")
+                f"at least 0 and below num_epochs {self.num_epochs} (recipe improved has 1: --warmup_epochs 0 takes it back)")
         require("deformation", 0 <= self.deformation <= LARGEST_DEFORMATION, f"a number of pixels, 0 … {LARGEST_DEFORMATION}")
         require("stroke_width", 0 <= self.stroke_width <= 1, "a number, 0 … 1")
         require("scaling", 0 <= self.scaling <= LARGEST_SCALING, f"a number, 0 … {LARGEST_SCALING}")
@@ -832,32 +832,32 @@ def load_network(file, options: dict) -> tuple[nn.Module, Config, str]:
 
     Args:
         file: a checkpoint.pt, a model's weights, or a run's folder with one of them.
-        options: what is to be otherwise than in the file; of weights alone, what it does not tell.
+        options: what is to be otherwise than in the file; of weights that lie in no run's folder, what they do not tell.
 
     Raises:
         ValueError, OSError: for a file or an option that do not fit.
     """
     if Path(file).is_dir():
-        # Of a finished run of reproduce.py, the weights are left.
         folder, file = Path(file), Path(file) / "checkpoint.pt"
-        if not file.exists() and (folder / "weights.pt").exists() and (folder / "result.json").exists():
+        if not file.exists() and (folder / "weights.pt").exists():  # of a finished run of reproduce.py, they are left
             file = folder / "weights.pt"
-            options = {"model": read_result(folder / "result.json")["config"]["model"]} | options
     weights = read_weights(file)
-    trained = ""
+    trained, told = "", {}
     if "format" in weights:
         checkpoint = read_checkpoint(file)
-        theirs = checkpoint["config"].get("model")
-        if options.get("model", theirs) != theirs:
-            raise ValueError(f"{file} holds a {theirs}, not a {options['model']}")
-        config = _config_of(checkpoint, file, {"device": "auto"} | options)
-        weights, trained = checkpoint["model"], f" after {len(checkpoint['result'].get('epochs', []))} epochs"
-    elif "model" not in options:
-        raise ValueError(f"{file} holds weights alone: say of which --model")
+        told = checkpoint["config"]
     else:
         with contextlib.suppress(ValueError, OSError):  # in a run's folder, its result tells
-            options = {"pooling": with_defaults(read_result(Path(file).with_name("result.json"))["config"])["pooling"]} | options
-        config = Config(**options)
+            told = with_defaults(read_result(Path(file).with_name("result.json"))["config"])
+    if not {"model"} & (set(told) | set(options)):
+        raise ValueError(f"{file} holds weights alone: say of which --model")
+    if "model" in told and options.get("model", told["model"]) != told["model"]:
+        raise ValueError(f"{file} holds a {told['model']}, not a {options['model']}")
+    if "format" in weights:
+        config = _config_of(checkpoint, file, {"device": "auto"} | options)
+        weights, trained = checkpoint["model"], f" after {len(checkpoint['result'].get('epochs', []))} epochs"
+    else:
+        config = Config(**{name: told[name] for name in EVAL_OPTIONS if name in told} | options)
     return trained_model(config, weights, file), config, trained
 
 

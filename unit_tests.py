@@ -2059,7 +2059,7 @@ class TestTrain(RunsCase):
             run.folder.close()
             (group,) = run.optimizer.param_groups
             self.assertIs(type(run.optimizer), kind)
-            decay = run.optimizer.kernel_decay if optimizer == "muon" else group["weight_decay"]
+            decay = group["kernel_decay" if optimizer == "muon" else "weight_decay"]
             self.assertEqual((decay, group["lr"], len(group["params"])), (0.03, 0.02, len(list(run.model.parameters()))))
 
     def test_learns(self):
@@ -2668,12 +2668,15 @@ class TestCheckpoints(RunsCase):
     def test_eval_only(self):
         folder = self.finish(self.config(model="mobius_mixed"))
         errors = json.loads((folder / "result.json").read_text())["test_error"]
+        alone = self.folder / "alone.pt"
+        shutil.copy(folder / "weights.pt", alone)
         before = self.files()
         line = f"test error shifted {errors['shifted']:.2f} %, centered {errors['centered']:.2f} %"
         data = ("--data", self.data)
         self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt"))
         self.assertIn("after 2 epochs", self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt"))
-        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder / "weights.pt", "--model", "mobius_mixed", *data))
+        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", alone, "--model", "mobius_mixed", *data))
+        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder / "weights.pt", *data))
         self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder))
         printed = self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt", "--test_mode", "centered")
         self.assertIn(f"test error centered {errors['centered']:.2f} %", printed)
@@ -2682,8 +2685,9 @@ class TestCheckpoints(RunsCase):
             (["--checkpoint", self.folder / "nowhere.pt"], ["nowhere.pt", "No such file"]),
             (["--checkpoint", self.data], ["no checkpoint"]),
             (["--checkpoint", self.folder], ["cannot read", "checkpoint.pt"]),
-            (["--checkpoint", folder / "weights.pt", *data], ["--model"]),
-            (["--checkpoint", folder / "weights.pt", "--model", "cnn_same_params", *data], ["cnn_same_params"]),
+            (["--checkpoint", alone, *data], ["--model"]),
+            (["--checkpoint", alone, "--model", "cnn_same_params", *data], ["cnn_same_params"]),
+            (["--checkpoint", folder / "weights.pt", "--model", "mobius_regular", *data], ["mobius_mixed, not a mobius_regular"]),
             (["--checkpoint", folder / "checkpoint.pt", "--model", "mobius_regular"], ["mobius_mixed, not a mobius_regular"]),
             (["--checkpoint", folder / "checkpoint.pt", "--lr", "1", "--seed", "2"], ["--lr, --seed"]),
         ]:
@@ -3044,7 +3048,7 @@ class TestMuon(Case):
         self.assertTrue(torch.equal(more, before[-1]))
         copied, of_copy = copy.deepcopy((optimizer, parameters))
         of_loaded = copy.deepcopy(layer)
-        loaded = muon.Muon(of_loaded)
+        loaded = muon.Muon(of_loaded, momentum=0.5, weight_decay=0.1)  # which the loaded state replaces, as any optimizer's
         loaded.add_param_group({"params": [copy.deepcopy(more)]})
         loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for parameter, *others in zip(parameters, of_copy, [*of_loaded.parameters(), more]):
@@ -3067,9 +3071,14 @@ class TestMuon(Case):
         with mock.patch.object(muon.Muon, "_step_of_kernel", side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt):
             optimizer.step()
         self.assertIs(parameters[0].grad, gradient)
-        for bad in ({"momentum": 1.0}, {"momentum": -0.1}, {"momentum": math.nan}, {"lr": -1.0}, {"weight_decay": -1.0}, {"weight_decay": math.nan}):
+        for bad in ({"momentum": 1.0}, {"momentum": -0.1}, {"momentum": math.nan}, {"lr": -1.0}, {"weight_decay": -1.0}, {"weight_decay": math.nan},
+                    {"weight_decay": math.inf}):
             with self.assertRaises(ValueError):
                 muon.Muon(layer, **bad)
+        with self.assertRaisesRegex(TypeError, "model must be a module"):
+            muon.Muon(layer.parameters())
+        with self.assertRaisesRegex(ValueError, "not the state of a Muon"):
+            muon.Muon(layer).load_state_dict(torch.optim.Adam(layer.parameters()).state_dict())
 
 
 # ======================================================================================================
@@ -3511,6 +3520,11 @@ class TestReproduce(RunsCase):
         (folder,) = (self.folder / "results" / "logs").glob("*polyphase*")
         printed = self.main(train, "--eval_only", "--checkpoint", folder, "--data", self.data, "--device", "cpu")  # its checkpoint is deleted
         self.assertIn("mobius_regular, polyphase pooling, ", printed)
+        stored = json.loads((folder / "result.json").read_text())
+        stored["config"] |= {"dataset": "digits", "test_mode": "centered", "precision": "bf16"}
+        run_folder.write_json(folder / "result.json", stored)
+        config = train.load_network(folder, {})[1]
+        self.assertEqual((config.dataset, config.test_mode, config.precision), ("digits", "centered", "bf16"))
         row, ours = json.loads(path.read_text())["rows"]
         self.assertEqual((ours["settings"]["pooling"], ours["changed"], ours["first_changed"]), ("polyphase", 0, []))
         with mock.patch("reproduce.predict_at_every_shift", side_effect=AssertionError):  # it is there already
@@ -4119,8 +4133,8 @@ class TestReadme(FilesCase):
 
     def test_snippets(self):
         snippets = re.findall(r"```python\n(.*?)```", self.TEXT, re.DOTALL)
-        self.assertEqual(len(snippets), 3)
-        run = self.folder / re.search('run = "(.*)"', snippets[2])[1]
+        self.assertEqual(len(snippets), 4)
+        run = self.folder / re.search('run = "(.*)"', snippets[3])[1]
         run.mkdir(parents=True)
         torch.save(build_model("mobius_regular").state_dict(), run / "weights.pt")
         self.addCleanup(os.chdir, os.getcwd())
