@@ -4273,7 +4273,8 @@ class TestReadme(FilesCase):
 
 
 # About half of the time: those that read, write and start processes, beside those that compute.
-APART = ("TestConvertMNIST", "TestCheckpoints", "TestDeformation", "TestReproduce", "TestPictures", "TestVisualize", "TestBenchmark", "TestReadme")
+APART = ("TestConvertMNIST", "TestCheckpoints", "TestDeformation", "TestParallelSeeds", "TestReproduce", "TestPictures", "TestVisualize",
+         "TestBenchmark", "TestReadme")
 
 
 def run_in_two_processes() -> bool:
