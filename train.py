@@ -849,7 +849,7 @@ def load_network(file, options: dict) -> tuple[nn.Module, Config, str]:
     else:
         with contextlib.suppress(ValueError, OSError):  # in a run's folder, its result tells
             told = with_defaults(read_result(Path(file).with_name("result.json"))["config"])
-    if not {"model"} & (set(told) | set(options)):
+    if "model" not in told | options:
         raise ValueError(f"{file} holds weights alone: say of which --model")
     if "model" in told and options.get("model", told["model"]) != told["model"]:
         raise ValueError(f"{file} holds a {told['model']}, not a {options['model']}")
