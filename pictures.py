@@ -401,8 +401,8 @@ def error_against_shift(rows: list[dict], size: tuple[float, float] = (8, 3.6)) 
     for row in rows:
         settings = "".join(f", {name} {value}" for name, value in row.get("settings", {}).items())
         groups.setdefault((row["model"], settings, row["train_mode"]), []).append(row["errors"])
-    common = {train_mode for _, _, train_mode in groups}
-    common = f"trained on {common.pop()} digits" if len(common) == 1 else ""
+    modes = {train_mode for _, _, train_mode in groups}
+    common = f"trained on {modes.pop()} digits" if len(modes) == 1 else ""
     lines = {}  # of each model, in the order of its settings
     for (model, settings, train_mode), errors in sorted(groups.items(), key=lambda group: (list(LABELS).index(group[0][0]), group[0])):
         means = [sum(column) / len(column) for column in zip(*errors)]

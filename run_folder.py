@@ -200,7 +200,11 @@ def read_checkpoint(path) -> dict:
         BadCheckpoint: naming the file, if it is truncated, something else, or of a later format.
         OSError: if it cannot be read.
     """
-    checkpoint = read_weights(path)
+    return checked_checkpoint(read_weights(path), path)
+
+
+def checked_checkpoint(checkpoint: dict, path) -> dict:
+    """What `read_weights` read, if it is a checkpoint. Raises BadCheckpoint naming the file, as `read_checkpoint` does."""
     version = checkpoint.get("format")
     if type(version) is not int or version < 1:
         raise BadCheckpoint(f"{path} is no checkpoint of train.py (weights alone do not suffice to go on)")

@@ -39,7 +39,8 @@ from models import DROPOUT, MODELS, build_model, count_parameters
 from muon import Muon
 from nn_layers import POOLINGS
 from run_events import RunEvents, summary_writer
-from run_folder import BadCheckpoint, Busy, RunFolder, new_folder, read_checkpoint, read_result, read_weights, say
+from run_folder import (BadCheckpoint, Busy, RunFolder, checked_checkpoint, new_folder, read_checkpoint, read_result, read_weights,
+                        say)
 
 TRAIN_MODES = ("centered", "shifted")
 TEST_MODES = ("shifted", "centered", "both")
@@ -841,10 +842,9 @@ def load_network(file, options: dict) -> tuple[nn.Module, Config, str]:
         folder, file = Path(file), Path(file) / "checkpoint.pt"
         if not file.exists() and (folder / "weights.pt").exists():  # of a finished run of reproduce.py, they are left
             file = folder / "weights.pt"
-    weights = read_weights(file)
-    trained, told = "", {}
-    if "format" in weights:
-        checkpoint = read_checkpoint(file)
+    weights, told = read_weights(file), {}
+    checkpoint = checked_checkpoint(weights, file) if "format" in weights else None
+    if checkpoint is not None:
         told = checkpoint["config"]
     else:
         with contextlib.suppress(ValueError, OSError):  # in a run's folder, its result tells
@@ -853,12 +853,11 @@ def load_network(file, options: dict) -> tuple[nn.Module, Config, str]:
         raise ValueError(f"{file} holds weights alone: say of which --model")
     if "model" in told and options.get("model", told["model"]) != told["model"]:
         raise ValueError(f"{file} holds a {told['model']}, not a {options['model']}")
-    if "format" in weights:
-        config = _config_of(checkpoint, file, {"device": "auto"} | options)
-        weights, trained = checkpoint["model"], f" after {len(checkpoint['result'].get('epochs', []))} epochs"
-    else:
+    if checkpoint is None:
         config = Config(**{name: told[name] for name in EVAL_OPTIONS if name in told} | options)
-    return trained_model(config, weights, file), config, trained
+        return trained_model(config, weights, file), config, ""
+    config = _config_of(checkpoint, file, {"device": "auto"} | options)
+    return trained_model(config, checkpoint["model"], file), config, f" after {len(checkpoint['result'].get('epochs', []))} epochs"
 
 
 def main(argv=None) -> None:
