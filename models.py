@@ -14,8 +14,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from fast_path import is_plain
-from fields import PlanarFields, as_integer, check_strip
-from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool
+from fields import Fields, PlanarFields, as_integer, check_strip
+from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, as_sign_eps
 
 # Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as many fields.
 # All have 16, 32, 64, 128, 256 channels. (The paper's Table 4 prints (4, 4, 2) for the first convolution of
@@ -70,9 +70,8 @@ class MobiusGaugeCNN(nn.Module):
     """Gauge equivariant CNN on the Möbius strip.
 
     In evaluation, for L a multiple of 4, its logits do not change under shifts by multiples of 4; with polyphase pooling,
-    under all 2L isometries. Up to rounding, that is, which may, once in a great many inputs, decide between two grids
-    (see `MobiusPool`), and which the nonlinearity of sign-flip fields can make visible where they are zero, as in blank parts of
-    the strip: it jumps there from -ELU(b) to ELU(b).
+    under all 2L isometries: up to rounding, which may, once in a great many inputs, decide between two grids (see `MobiusPool`). With
+    sign-flip fields this holds in float32 and float64 and for sign_eps 0 (see `EquivNonlin`).
 
     Six convolutions with a nonlinearity after the first five and pooling after the second and the fourth; the
     sixth gives 64 scalar fields, whose global maximum is what an invariant classifier sees. In between, the channels of
@@ -85,6 +84,7 @@ class MobiusGaugeCNN(nn.Module):
         mode: field types in between, 'scalar', 'signflip', 'regular', 'irrep' or 'mixed'.
         pooling: of `MobiusPool`: 'fixed', as published, or 'polyphase'. The parameters are the same.
         dropout: probability in the classifier.
+        sign_eps: of `EquivNonlin`; 0 in a mode without sign-flip fields.
         device, dtype: of the parameters.
 
     Shape:
@@ -98,14 +98,14 @@ class MobiusGaugeCNN(nn.Module):
     """
 
     def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, mode: str = "regular",
-                 pooling: str = "fixed", dropout: float = DROPOUT, *, device=None, dtype=None) -> None:
+                 pooling: str = "fixed", dropout: float = DROPOUT, sign_eps: float = 0.0, *, device=None, dtype=None) -> None:
         super().__init__()
         _check_counts(ch_in=ch_in, classes=classes)
         if mode not in list(MODES):
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        self.mode, self.pooling = mode, pooling
+        self.mode, self.pooling, self.sign_eps = mode, pooling, sign_eps
         factory = {"device": device, "dtype": dtype}
-        conv, nonlin = partial(MobiusConv, kernel_size=kernel_size, **factory), partial(EquivNonlin, **factory)
+        conv, nonlin = partial(MobiusConv, kernel_size=kernel_size, **factory), partial(EquivNonlin, sign_eps=sign_eps, **factory)
 
         def nonlin_pool(fields):
             """Pooled first, where maximum and nonlinearity commute: a quarter of the values to compute."""
@@ -141,6 +141,7 @@ class CNN(nn.Module):
             otherwise it has as many channels as they have.
         pooling: of `MobiusPool`: 'fixed', as published, or 'polyphase'.
         dropout: probability in the classifier.
+        sign_eps: 0, as there are no sign-flip fields.
         device, dtype: of the parameters.
 
     Shape:
@@ -154,9 +155,10 @@ class CNN(nn.Module):
     """
 
     def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, fix_params: bool = False,
-                 pooling: str = "fixed", dropout: float = DROPOUT, *, device=None, dtype=None) -> None:
+                 pooling: str = "fixed", dropout: float = DROPOUT, sign_eps: float = 0.0, *, device=None, dtype=None) -> None:
         super().__init__()
         _check_counts(ch_in=ch_in, classes=classes)
+        as_sign_eps(sign_eps, Fields(1, 0, 0))
         self.pooling = pooling
         factory = {"device": device, "dtype": dtype}
 
@@ -203,6 +205,12 @@ def build_model(name: str, **kwargs) -> nn.Module:
     if name not in list(MODELS):
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     return MODELS[name](**kwargs)
+
+
+def has_sign_flip_fields(name: str) -> bool:
+    """Whether the model of this ``--model`` name has sign-flip fields, for which `sign_eps` is."""
+    mode = MODELS[name].keywords.get("mode")
+    return mode is not None and Fields(*MODES[mode]).sign > 0
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -35,7 +35,7 @@ from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, Split, convert
 from data_loader import batches, load_dataset
 from deformation import LARGEST_SCALING, RandomDeformation
 from fields import as_integer, isometry_action
-from models import DROPOUT, MODELS, build_model, count_parameters
+from models import DROPOUT, MODELS, build_model, count_parameters, has_sign_flip_fields
 from muon import Muon
 from nn_layers import POOLINGS
 from run_events import RunEvents, summary_writer
@@ -52,7 +52,7 @@ LARGEST_DEFORMATION = 2  # beyond, digits do not stay where they are, nor recogn
 EVAL_BATCH_SIZE = 500
 
 LATEST = object()  # --resume without a folder
-EVAL_OPTIONS = ("model", "pooling", "test_mode", "dataset", "data", "mnist_root", "device", "precision")
+EVAL_OPTIONS = ("model", "pooling", "sign_eps", "test_mode", "dataset", "data", "mnist_root", "device")
 
 # Settings that say where a run reads, writes and computes; all others say what.
 PLACES = ("data", "mnist_root", "device", "log_dir", "tensorboard")
@@ -69,6 +69,7 @@ class Config:
     model: a name in `models.MODELS`.
     pooling: of `nn_layers.MobiusPool`.
     dropout: probability in the classifier.
+    sign_eps: of `nn_layers.EquivNonlin`; 0 for a model without sign-flip fields.
     dataset: a name in `convert_mnist.SOURCES`; its npz is made where it is not there yet.
     data: path of an npz to use instead.
     mnist_root: folder with MNIST's files, for making the npz.
@@ -84,7 +85,7 @@ class Config:
     eval_freq: test after every so many epochs (0: only at the end).
     seed: of initialisation, order and dropout.
     device: 'auto' is cuda where there is one.
-    precision: 'bf16' is automatic mixed precision.
+    precision: of training; 'bf16' is automatic mixed precision. Tests are in float32, in which the networks are invariant.
     log_dir: where the run's folder shall be.
     tensorboard: whether to write its events.
     """
@@ -92,6 +93,7 @@ class Config:
     model: str
     pooling: str = "fixed"
     dropout: float = DROPOUT
+    sign_eps: float = 0.0
     train_mode: str = "centered"
     test_mode: str = "both"
     num_epochs: int = 20
@@ -128,7 +130,7 @@ class Config:
             require(name, getattr(self, name) in list(allowed), f"one of {', '.join(allowed)}")
         for name in ("num_epochs", "batch_size", "lr_decay_period", "warmup_epochs", "eval_freq", "seed"):
             as_integer(getattr(self, name), name)
-        for name in ("dropout", "weight_decay", "lr", "lr_decay_factor", "deformation", "stroke_width", "scaling", "label_smoothing"):
+        for name in ("dropout", "sign_eps", "weight_decay", "lr", "lr_decay_factor", "deformation", "stroke_width", "scaling", "label_smoothing"):
             require(name, isinstance(getattr(self, name), (int, float)), "a number")
         for name in ("data", "mnist_root", "log_dir"):
             value = getattr(self, name)
@@ -137,6 +139,8 @@ class Config:
         require("num_epochs", self.num_epochs >= 1, "at least 1")
         require("batch_size", self.batch_size >= 2, "at least 2 (batch normalisation needs two)")
         require("dropout", 0 <= self.dropout < 1, "a number of at least 0 and below 1")
+        require("sign_eps", 0 <= self.sign_eps < math.inf, "a finite number of at least 0")
+        require("sign_eps", not self.sign_eps or has_sign_flip_fields(self.model), f"0 with {self.model}, which has no sign-flip fields")
         # Far beyond use, and early enough to keep Adam's step a float.
         require("weight_decay", 0 <= self.weight_decay < 1e30, "a number of at least 0 and below 1e30")
         require("lr", 0 < self.lr < 1e30, "a positive number below 1e30")
@@ -172,6 +176,10 @@ class Config:
     def changed_settings(self, told: tuple[str, ...]) -> dict:
         """Every setting that matters to the final errors and is not the paper's, but those that are `told` otherwise."""
         return {name: value for name, value in self.protocol().items() if name not in told + REPORTING and value != DEFAULTS[name]}
+
+    def network(self) -> dict:
+        """The settings of `models.build_model`."""
+        return {"pooling": self.pooling, "dropout": self.dropout, "sign_eps": self.sign_eps}
 
     @property
     def digits(self) -> str:
@@ -327,7 +335,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)
         # Initialised on the CPU, a seed means the same weights on every device.
-        self.model = build_model(config.model, pooling=config.pooling, dropout=config.dropout).to(self.device)
+        self.model = build_model(config.model, **config.network()).to(self.device)
         self.random = self.global_random_states()
         self.optimizer = build_optimizer(config, self.model)
         self.steps = len(self.training_set.labels) // config.batch_size  # of an epoch
@@ -432,7 +440,7 @@ class Run:
         record = {"epoch": epoch, "lr": config.learning_rate(epoch - 0.5), "train_loss": train_loss, "train_error": train_error}
         if epoch == config.num_epochs or (config.eval_freq and epoch % config.eval_freq == 0):
             for version, test_set in self.test_sets.items():
-                loss, error = evaluate(self.model, test_set, config.precision)
+                loss, error = evaluate(self.model, test_set)
                 # The last step of an epoch can be the one that spoils the weights.
                 if not math.isfinite(loss):
                     raise Diverged(
@@ -591,7 +599,7 @@ class Run:
     def _end_events(self) -> None:
         config, events = self.config, self.events
         for version, test_set in self.test_sets.items():
-            events.misclassified(version, test_set, predict(self.model, test_set.images, config.precision), self.epoch)
+            events.misclassified(version, test_set, predict(self.model, test_set.images), self.epoch)
         # To move all by all isometries would take too long.
         images, labels = (part[:max(50, len(part) // 50)] for part in self.centered_test_set)
         errors = 100 * (predict_at_every_shift(self.model, images) != labels).double().mean(1)
@@ -618,15 +626,14 @@ def cross_entropy(logits: Tensor, labels: Tensor, **options) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, precision: str = "fp32") -> tuple[float, float]:
+def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
     """Mean cross-entropy and error in % of a model on a split that lives on its device. The model is left in eval mode."""
     model.eval()
     device = split.images.device
     loss = torch.zeros((), device=device)
     wrong = torch.zeros((), dtype=torch.long, device=device)
     for images, labels in batches(split, EVAL_BATCH_SIZE):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(images)
+        logits = model(images)
         loss += cross_entropy(logits, labels, reduction="sum")
         wrong += (logits.argmax(1) != labels).sum()
     n = len(split.labels)
@@ -634,17 +641,16 @@ def evaluate(model: nn.Module, split: Split, precision: str = "fp32") -> tuple[f
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, precision: str = "fp32") -> Tensor:
+def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Classes of images, int64 (n,). The model is left in eval mode."""
     model.eval()
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return torch.cat([model(part).argmax(1) for part in images.split(EVAL_BATCH_SIZE)])
+    return torch.cat([model(part).argmax(1) for part in images.split(EVAL_BATCH_SIZE)])
 
 
 def predict_at_every_shift(model: nn.Module, images: Tensor) -> Tensor:
     """Classes that a model predicts for images moved by each of the strip's 2L isometries, int64 (2L, n).
 
-    In float32: bfloat16 would change predictions by itself. The model is left in eval mode.
+    The model is left in eval mode.
     """
     return torch.stack([predict(model, isometry_action(images, shift, SCALAR)) for shift in range(2 * LENGTH)])
 
@@ -697,6 +703,7 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
     add("model", "one of the seven", choices=MODELS, metavar="{" + ",".join(MODELS) + "}")
     add("pooling", "grid of the pooling windows: as published, or chosen by the data", choices=POOLINGS)
     add("dropout", "probability in the classifier", type=float, metavar="P")
+    add("sign_eps", "sign-flip fields: x / (|x| + X) in place of sign(x); the published runs had 1e-8", type=float, metavar="X")
     add("train_mode", "version of the training digits", choices=TRAIN_MODES)
     add("test_mode", "version of the test digits", choices=TEST_MODES)
     add("num_epochs", "passes over the training set", type=int, metavar="N")
@@ -719,7 +726,7 @@ def add_train_options(parser: CommandLine, *left_out: str, **other_defaults) -> 
     add("mnist_root", "folder with MNIST's four files, for making the npz; without it they are downloaded", metavar="FOLDER")
     add("seed", "of initialisation, order and dropout", type=int, metavar="N")
     add("device", "auto is cuda where there is one", choices=DEVICES)
-    add("precision", "bf16: automatic mixed precision", choices=PRECISIONS)
+    add("precision", "of training; bf16: automatic mixed precision", choices=PRECISIONS)
     add("log_dir", "the run's folder is made in it", metavar="FOLDER")
     add("tensorboard", "write TensorBoard events or not", action=argparse.BooleanOptionalAction)
 
@@ -795,7 +802,7 @@ def _latest_run(config: Config) -> Run:
 
 def trained_model(config: Config, weights: dict, file) -> nn.Module:
     """The model of a run with the weights that `file` holds. Raises ValueError naming it if they do not fit."""
-    model = build_model(config.model, pooling=config.pooling)
+    model = build_model(config.model, **config.network())
     try:
         model.load_state_dict(weights)
     except Exception as error:  # a well-formed file may hold anything
@@ -823,8 +830,9 @@ def evaluate_checkpoint(file, options: dict) -> str:
     errors = []
     for version in config.test_versions:
         split = data.splits[f"test_{version}"]
-        errors.append(f"{version} {evaluate(model, split, config.precision)[1]:.2f} %")
-    network = f"{config.model}, {config.pooling} pooling{trained}"
+        errors.append(f"{version} {evaluate(model, split)[1]:.2f} %")
+    smoothed = f", sign_eps {config.sign_eps}" if config.sign_eps else ""
+    network = f"{config.model}, {config.pooling} pooling{smoothed}{trained}"
     return f"{network}, {len(split.labels):,} test digits of {data.file}: test error {', '.join(errors)}"
 
 
