@@ -27,8 +27,8 @@ from torch import nn
 
 from convert_mnist import LENGTH, WIDTH, CommandLine, write_atomically
 from data_loader import CLASSES
-from models import FEATURES, MODELS, build_classifier, build_model
-from nn_layers import POOLINGS, MobiusConv
+from models import FEATURES, MODELS, POOLINGS, build_classifier, build_model
+from nn_layers import MobiusConv
 from train import DEVICES, PRECISIONS, describe_environment, keep_freed_memory, select_device
 
 TEXTBOOK = "textbook CNN"

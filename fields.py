@@ -1,26 +1,27 @@
-"""Feature fields on the Möbius strip: channel layout, rho(s), gauge transformations, isometries.
+"""Feature fields on the Möbius strip: channels, rho(s), gauge transformations and isometries.
 
-The strip is a rectangle of W x L pixels whose short ends are glued with a twist. A feature map is a
-tensor of shape ``(N, C, W, L)``: dim 2 runs across the strip (width), dim 3 along it (length). The cut
-lies between column L-1 and column 0, and whoever walks over it comes out reflected: pixel w becomes
-W-1-w, and feature vectors are acted on by rho(s), with s the reflection in the group R = {e, s}.
+The strip is a rectangle of W x L pixels whose short ends are glued with a twist. A feature map is a tensor of
+shape ``(N, C, W, L)``: dim 2 runs across the strip (its width), dim 3 along it (its length). The cut lies between
+column L-1 and column 0. Crossing it reflects: pixel w becomes W-1-w, and rho(s) acts on the feature vectors, where
+s is the reflection in the group R = {e, s}.
 
-A feature space is given by the multiplicities ``(m_triv, m_sign, m_reg)`` of three field types. This
-file is the only one that knows where their channels lie and how s acts on them.
+A feature space is given by the multiplicities ``(m_triv, m_sign, m_reg)`` of three field types. This file is the
+only one that knows how s acts on them.
 
 Source: Weiler, Forré, Verlinde, Welling, *Coordinate Independent Convolutional Networks* (2021),
-arXiv:2106.06020, Section 5.
+arXiv:2106.06020, Section 5.3.1 (field types), Figure 28 (isometries).
 """
 
 import operator
 from typing import Callable, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 class Fields(NamedTuple):
-    """Multiplicities of the field types, in the order of their channels. Equal to the plain tuple.
+    """Multiplicities of the field types, in the order of their channels.
 
     triv: number of trivial (scalar) fields, one channel each.
     sign: number of sign-flip fields, one channel each.
@@ -30,10 +31,6 @@ class Fields(NamedTuple):
     triv: int
     sign: int
     reg: int
-    planar = False
-
-    def __str__(self) -> str:
-        return f"{tuple(self)}{' planar' if self.planar else ''}"
 
     @property
     def channels(self) -> int:
@@ -41,24 +38,14 @@ class Fields(NamedTuple):
         return sum(m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, self))
 
 
-class PlanarFields(Fields):
-    """The same fields with their channels in another order: all first ones of regular fields, then all second ones.
-
-    For networks that are faster for it; layers and functions that are given such fields expect and return this order.
-    """
-
-    __slots__ = ()
-    planar = True
-
-
 class Representation(NamedTuple):
-    """What the layers need to know of a field type.
+    """A field type.
 
-    dim:      channels of one field.
-    rho_s:    the action of s on dim 1 of a tensor of such fields.
-    permutes: whether rho(s) permutes channels, so that it commutes with every pointwise function. Otherwise it
-              flips signs, and commutes with odd functions only.
-    invariant_bias: from one number for each field to the vector with rho(s) b = b; None where that is zero.
+    dim:   channels of one field.
+    rho_s: the action of s on dim 1 of a tensor of such fields.
+    permutes: whether rho(s) permutes channels, and so commutes with every pointwise function. Otherwise it flips
+        signs, and commutes with odd functions only.
+    invariant_bias: from one number for each field to the vector b with rho(s) b = b; None where only b = 0 has that.
     """
 
     dim: int
@@ -68,8 +55,7 @@ class Representation(NamedTuple):
 
 
 def _negate(x: Tensor) -> Tensor:
-    # Negating an unsigned integer wraps around without a word; a bool has no negative at all.
-    if not x.dtype.is_signed:
+    if not x.dtype.is_signed:  # unsigned integers would wrap around without an error
         raise ValueError(f"sign-flip fields need a dtype with negative numbers, got {x.dtype}")
     return -x
 
@@ -84,36 +70,19 @@ def _swap_pairs(x: Tensor) -> Tensor:
     return x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
 
 
-def _swap_planes(x: Tensor) -> Tensor:
-    return x.unflatten(1, (2, -1)).flip(1).flatten(1, 2)
-
-
-REPRESENTATIONS = {
-    # In the order of the channels, under the names of `Fields`.
+REPRESENTATIONS = {  # in the order of the channels, under the names of `Fields`
     "triv": Representation(1, lambda x: x, True, lambda bias: bias),
     "sign": Representation(1, _negate, False, None),
     "reg": Representation(2, _swap_pairs, True, lambda bias: interleave(bias, bias, dim=0)),
 }
 
 
-def arrange_channels(x: Tensor, fields: Fields, dim: int = 1) -> Tensor:
-    """From adjacent channels of regular fields on `dim` to the order of `fields`."""
-    if not fields.planar or not fields.reg:
-        return x
-    scalars, pairs = x.split((fields.triv + fields.sign, 2 * fields.reg), dim)
-    return torch.cat([scalars, *pairs.unflatten(dim, (-1, 2)).unbind(dim + 1)], dim)
-
-
-def adjacent_channels(x: Tensor, fields: Fields, dim: int = 1) -> Tensor:
-    """From the order of `fields` to adjacent channels of regular fields on `dim`."""
-    if not fields.planar or not fields.reg:
-        return x
-    scalars, first, second = x.split((fields.triv + fields.sign, fields.reg, fields.reg), dim)
-    return torch.cat([scalars, interleave(first, second, dim)], dim)
+# --------------------------------------------------------------------------------------------------
+# Checks
 
 
 def as_integer(value, name: str, allowed: str = "an integer") -> int:
-    """`value` as an int. Raises ValueError, by `name` and with what is `allowed`, for what is no integer or a bool."""
+    """Return `value` as an int. Raises ValueError, with `name` and what is `allowed`, for other types and bools."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -127,15 +96,14 @@ def as_fields(fields, name: str = "fields") -> Fields:
 
     Args:
         fields: three non-negative integers ``(m_triv, m_sign, m_reg)``, not all zero.
-        name: what to call them in an error.
+        name: what an error calls them.
 
     Raises:
-        ValueError: if they are anything else.
+        ValueError: for anything else.
     """
     try:
-        kind = type(fields) if isinstance(fields, Fields) else Fields
         fields = tuple(fields)
-        parsed = kind(*(as_integer(m, name) for m in fields))
+        parsed = Fields(*(as_integer(m, name) for m in fields))
         if min(parsed) < 0 or max(parsed) == 0:
             raise ValueError
     except (TypeError, ValueError):
@@ -160,6 +128,10 @@ def check_features(x: Tensor, fields: Fields) -> None:
         )
 
 
+# --------------------------------------------------------------------------------------------------
+# Functions of each field type
+
+
 def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
     """Views of the channels of each field type that occurs in `fields`, in the order of the channels."""
     sizes = {name: m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, fields) if m}
@@ -169,17 +141,52 @@ def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
 def map_types(x: Tensor, fields: Fields, functions: dict[str, Callable[[Tensor], Tensor]]) -> Tensor:
     """Apply ``functions[type]`` to the channels of each field type."""
     blocks = split_types(x, fields)
-    if len(blocks) == 1:  # no copy of what is all of one type
+    if len(blocks) == 1:  # spares a copy
         return functions[next(iter(blocks))](x)
     return torch.cat([functions[name](block) for name, block in blocks.items()], dim=1)
 
 
 def map_pointwise(x: Tensor, fields: Fields, function: Callable, odd_function: Callable) -> Tensor:
     """Apply `function` to the channels that rho(s) permutes and `odd_function` to those whose sign it flips."""
-    if all(rep.permutes or not m for rep, m in zip(REPRESENTATIONS.values(), fields)):  # one call for all types
+    if not fields.sign:  # one call for all types
         return function(x)
     functions = {name: function if rep.permutes else odd_function for name, rep in REPRESENTATIONS.items()}
     return map_types(x, fields, functions)
+
+
+# Numbers that are 0 in exact arithmetic come out of a convolution as some eps of its input: an antisymmetric kernel on a
+# blank part of the strip, for example. sign() jumps at 0 and would make features of full size of such noise. Measured
+# on digits, in units of eps times the sample's largest magnitude: noise up to 8, other values above 65536 in
+# float64; in float32 these are spread evenly, and 1 of 10,000 lies below 64.
+ROUNDING = 64
+
+
+def largest_magnitude(magnitude: Tensor) -> Tensor:
+    """Each sample's largest, ``(N, 1, 1, 1)``: no isometry and no gauge transformation changes it."""
+    limits = torch.finfo(magnitude.dtype)
+    return magnitude.detach().amax(dim=(1, 2, 3), keepdim=True).clamp(limits.tiny, limits.max)
+
+
+def sign_beyond_rounding(x: Tensor, largest: Tensor) -> Tensor:
+    """The sign of values of sign-flip fields; 0 where they are 0 up to rounding.
+
+    Half precision has the rounding of float32, in which convolutions accumulate.
+
+    Args:
+        x: values of sign-flip fields ``(N, C, W, L)``.
+        largest: `largest_magnitude` of each sample, against which rounding is measured.
+    """
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    return F.hardshrink(x.detach() / largest, ROUNDING * eps).sign()
+
+
+# --------------------------------------------------------------------------------------------------
+# Symmetries
+
+
+def rho_s(x: Tensor, fields: Fields) -> Tensor:
+    """The action of s on the channels of `x`."""
+    return map_types(x, fields, {name: rep.rho_s for name, rep in REPRESENTATIONS.items()})
 
 
 def gauge_transform(x: Tensor, fields) -> Tensor:
@@ -190,34 +197,22 @@ def gauge_transform(x: Tensor, fields) -> Tensor:
         fields: multiplicities ``(m_triv, m_sign, m_reg)`` with C channels in all.
 
     Returns:
-        A tensor of the same shape; it is `x` itself where rho is trivial.
+        A tensor of the same shape; `x` itself where rho is trivial.
 
     Raises:
         ValueError: if `x` does not have C channels, is not 4-d, or has sign-flip fields in a dtype without
             negative numbers.
 
-    Source: arXiv:2106.06020, Section 5.
+    Source: arXiv:2106.06020, Section 5.3.1.
     """
     fields = as_fields(fields)
     check_features(x, fields)
-    return _rho_s(x, fields)
-
-
-def _rho_s(x: Tensor, fields: Fields) -> Tensor:
-    functions = {name: rep.rho_s for name, rep in REPRESENTATIONS.items()}
-    if fields.planar:
-        functions["reg"] = _swap_planes
-    return map_types(x, fields, functions)
+    return rho_s(x, fields)
 
 
 def cross_cut(x: Tensor, fields: Fields) -> Tensor:
-    """Columns as they look from the other side of the cut: flipped across the width, acted on by rho(s).
-
-    Args:
-        x: any number of columns ``(N, C, W, columns)``.
-        fields: multiplicities with C channels in all.
-    """
-    return _rho_s(x.flip(2), fields)
+    """Columns ``(N, C, W, any)`` as seen from the other side of the cut: flipped across the width, acted on by rho(s)."""
+    return rho_s(x.flip(2), fields)
 
 
 def double_cover(x: Tensor, fields: Fields) -> Tensor:
@@ -241,7 +236,7 @@ def isometry_action(x: Tensor, shift, fields) -> Tensor:
     Raises:
         ValueError: as `gauge_transform`, or if `shift` is neither of the two.
 
-    Source: arXiv:2106.06020, Section 5.
+    Source: arXiv:2106.06020, Section 5, Figure 28.
     """
     fields = as_fields(fields)
     check_features(x, fields)
@@ -249,13 +244,13 @@ def isometry_action(x: Tensor, shift, fields) -> Tensor:
     columns = torch.arange(length, device=x.device)
     cover = double_cover(x, fields)
     if isinstance(shift, Tensor) and shift.ndim:
-        if shift.shape != x.shape[:1] or shift.is_floating_point() or shift.is_complex() or shift.dtype == torch.bool:
+        is_integer = not (shift.is_floating_point() or shift.is_complex() or shift.dtype == torch.bool)
+        if shift.shape != x.shape[:1] or not is_integer:
             raise ValueError(
                 f"shift must be an integer or an integer tensor of shape ({x.shape[0]},), "
                 f"got {shift.dtype} of shape {tuple(shift.shape)}"
             )
-        # Reduced first: any other order can overflow.
-        shift = shift.to(x.device, torch.long) % (2 * length)
+        shift = shift.to(x.device, torch.long) % (2 * length)  # before the difference, which could overflow
         source = (columns - shift[:, None]) % (2 * length)
         return cover.gather(3, source[:, None, None, :].expand(x.shape))
     return cover.index_select(3, (columns - as_integer(shift, "shift") % (2 * length)) % (2 * length))

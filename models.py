@@ -9,13 +9,13 @@ import copy
 from functools import partial
 from math import sqrt
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fast_path import is_plain
-from fields import Fields, PlanarFields, as_integer, check_strip
+import fast
+from fields import Fields, as_integer, check_strip
 from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, as_sign_eps
+from polyphase import PolyphasePool
 
 # Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as many fields.
 # All have 16, 32, 64, 128, 256 channels. (The paper's Table 4 prints (4, 4, 2) for the first convolution of
@@ -28,8 +28,129 @@ MODES = {
     "mixed": (1, 1, 1),
 }
 
+POOLINGS = {"fixed": MobiusPool, "polyphase": PolyphasePool}
+
 FEATURES = 64  # invariant features that the convolutions hand to the classifier
 DROPOUT = 0.3
+
+
+class MobiusGaugeCNN(nn.Module):
+    """Gauge equivariant CNN on the Möbius strip.
+
+    Six convolutions, with a nonlinearity after the first five and pooling after the second and the fourth. The sixth gives
+    64 scalar fields; a classifier takes their global maximum, which is invariant.
+
+    In evaluation, in float32 and float64 and with ``sign_eps=0``, the logits do not change under shifts by multiples of 4
+    if L is one, and with polyphase pooling under all 2L isometries. In float32, rounding can decide between two grids that
+    fit equally well (see `PolyphasePool`), and whether a sign-flip value is 0 (see `EquivNonlin`).
+
+    Args:
+        kernel_size: odd and positive.
+        ch_in: scalar fields of the input.
+        classes: number of logits.
+        mode: a key of `MODES`, the field types in between.
+        pooling: 'fixed', as published, or 'polyphase'. The parameters are the same.
+        dropout: probability in the classifier.
+        sign_eps: of `EquivNonlin`; 0 in a mode without sign-flip fields.
+        device, dtype: of the parameters.
+
+    Shape:
+        ``(N, ch_in, W, L)`` to ``(N, classes)``.
+
+    Raises:
+        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d with ch_in
+            channels, or with polyphase pooling for an L that is no multiple of 4.
+
+    Source: arXiv:2106.06020, Section 5, Table 4.
+    """
+
+    def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, mode: str = "regular",
+                 pooling: str = "fixed", dropout: float = DROPOUT, sign_eps: float = 0.0, *,
+                 device=None, dtype=None) -> None:
+        super().__init__()
+        _check(ch_in, classes, pooling)
+        if mode not in list(MODES):
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.mode, self.pooling, self.sign_eps = mode, pooling, sign_eps
+        factory = {"device": device, "dtype": dtype}
+        conv = partial(MobiusConv, kernel_size=kernel_size, **factory)
+        nonlin = partial(EquivNonlin, sign_eps=sign_eps, **factory)
+
+        def nonlin_pool(fields):
+            """Pooled first, where maximum and nonlinearity commute: a quarter of the values to compute."""
+            layers = nonlin(fields), POOLINGS[pooling](fields)
+            return layers if fields.sign else layers[::-1]
+
+        f1, f2, f3, f4, f5 = (Fields(*(n * m for m in MODES[mode])) for n in (4, 8, 16, 32, 64))
+        self.mobius_cnn = nn.Sequential(
+            conv((ch_in, 0, 0), f1), nonlin(f1),
+            conv(f1, f2), *nonlin_pool(f2),
+            conv(f2, f3), nonlin(f3),
+            conv(f3, f4), *nonlin_pool(f4),
+            conv(f4, f5), nonlin(f5),
+            conv(f5, (FEATURES, 0, 0)),
+        )
+        self.classifier = build_classifier(classes, factory, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_images(x, self.pooling)
+        return self.classifier(self.mobius_cnn(fast.channels_last(x)).amax(dim=(2, 3)))
+
+
+class CNN(nn.Module):
+    """Conventional CNN of the same architecture: it pads across the cut but knows nothing of frames.
+
+    Args:
+        kernel_size: odd and positive.
+        ch_in: input channels.
+        classes: number of logits.
+        fix_params: divide the channels by sqrt(2), for about as many parameters as the gauge CNNs have;
+            otherwise it has as many channels as they have.
+        pooling: 'fixed', as published, or 'polyphase'.
+        dropout: probability in the classifier.
+        sign_eps: 0, as there are no sign-flip fields.
+        device, dtype: of the parameters.
+
+    Shape:
+        ``(N, ch_in, W, L)`` to ``(N, classes)``.
+
+    Raises:
+        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d with ch_in
+            channels, or with polyphase pooling for an L that is no multiple of 4.
+
+    Source: arXiv:2106.06020, Section 5, Table 4.
+    """
+
+    def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, fix_params: bool = False,
+                 pooling: str = "fixed", dropout: float = DROPOUT, sign_eps: float = 0.0, *,
+                 device=None, dtype=None) -> None:
+        super().__init__()
+        _check(ch_in, classes, pooling)
+        as_sign_eps(sign_eps, Fields(1, 0, 0))
+        self.pooling = pooling
+        factory = {"device": device, "dtype": dtype}
+
+        def conv(c_in, c_out):
+            # In the published numbering, padding is a layer of its own.
+            return nn.Identity(), MobiusConvNaive(c_in, c_out, kernel_size, **factory)
+
+        def pool(channels):
+            return POOLINGS[pooling]((channels, 0, 0))
+
+        c1, c2, c3, c4, c5 = (int(c / sqrt(2)) if fix_params else c for c in (16, 32, 64, 128, 256))
+        self.cnn = nn.Sequential(
+            *conv(ch_in, c1), nn.ELU(),
+            *conv(c1, c2), pool(c2), nn.ELU(),
+            *conv(c2, c3), nn.ELU(),
+            *conv(c3, c4), pool(c4), nn.ELU(),
+            *conv(c4, c5), nn.ELU(),
+            *conv(c5, FEATURES),
+        )
+        self.classifier = build_classifier(classes, factory, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_images(x, self.pooling)
+        return self.classifier(self.cnn(fast.channels_last(x)).amax(dim=(2, 3)))
 
 
 def build_classifier(classes: int, factory: dict, dropout: float = DROPOUT) -> nn.Sequential:
@@ -46,143 +167,20 @@ def build_classifier(classes: int, factory: dict, dropout: float = DROPOUT) -> n
     )
 
 
-def _channels_last(images: Tensor) -> Tensor:
-    """In the memory format channels_last, in which the layers are faster on a CPU; on a GPU it has not been measured."""
-    if images.ndim != 4 or images.device.type != "cpu" or not is_plain(images):
-        return images
-    # A copy: one channel is in both formats at once, and layers would go on in the default one.
-    return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
-
-
-def _check_input(images: Tensor, pooling: str) -> None:
-    check_strip(images)
-    if pooling == "polyphase" and images.shape[3] % 4:
-        raise ValueError(f"two polyphase poolings take a length L that is a multiple of 4, got shape {tuple(images.shape)}")
-
-
-def _check_counts(**counts) -> None:
-    for name, count in counts.items():
+def _check(ch_in: int, classes: int, pooling: str) -> None:
+    for name, count in (("ch_in", ch_in), ("classes", classes)):
         if as_integer(count, name, "a positive integer") < 1:
             raise ValueError(f"{name} must be a positive integer, got {count}")
+    if pooling not in list(POOLINGS):
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
 
 
-class MobiusGaugeCNN(nn.Module):
-    """Gauge equivariant CNN on the Möbius strip.
-
-    In evaluation, for L a multiple of 4, its logits do not change under shifts by multiples of 4; with polyphase pooling,
-    under all 2L isometries: up to rounding, which may, once in a great many inputs, decide between two grids (see `MobiusPool`). With
-    sign-flip fields this holds in float32 and float64 and for sign_eps 0 (see `EquivNonlin`).
-
-    Six convolutions with a nonlinearity after the first five and pooling after the second and the fourth; the
-    sixth gives 64 scalar fields, whose global maximum is what an invariant classifier sees. In between, the channels of
-    regular fields are in the order of `PlanarFields`.
-
-    Args:
-        kernel_size: odd and positive.
-        ch_in: scalar fields of the input.
-        classes: number of logits.
-        mode: field types in between, 'scalar', 'signflip', 'regular', 'irrep' or 'mixed'.
-        pooling: of `MobiusPool`: 'fixed', as published, or 'polyphase'. The parameters are the same.
-        dropout: probability in the classifier.
-        sign_eps: of `EquivNonlin`; 0 in a mode without sign-flip fields.
-        device, dtype: of the parameters.
-
-    Shape:
-        ``(N, ch_in, W, L)`` to ``(N, classes)``.
-
-    Raises:
-        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d with ch_in channels, or whose
-            L is no multiple of 4 with polyphase pooling.
-
-    Source: arXiv:2106.06020, Section 5, Table 4.
-    """
-
-    def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, mode: str = "regular",
-                 pooling: str = "fixed", dropout: float = DROPOUT, sign_eps: float = 0.0, *, device=None, dtype=None) -> None:
-        super().__init__()
-        _check_counts(ch_in=ch_in, classes=classes)
-        if mode not in list(MODES):
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        self.mode, self.pooling, self.sign_eps = mode, pooling, sign_eps
-        factory = {"device": device, "dtype": dtype}
-        conv, nonlin = partial(MobiusConv, kernel_size=kernel_size, **factory), partial(EquivNonlin, sign_eps=sign_eps, **factory)
-
-        def nonlin_pool(fields):
-            """Pooled first, where maximum and nonlinearity commute: a quarter of the values to compute."""
-            layers = nonlin(fields), MobiusPool(fields, pooling)
-            return layers if fields.sign else layers[::-1]
-
-        scalars = (ch_in, 0, 0)
-        # Nothing here depends on the order of the channels, and in this one the convolutions are faster.
-        f1, f2, f3, f4, f5 = (PlanarFields(*(n * m for m in MODES[mode])) for n in (4, 8, 16, 32, 64))
-        self.mobius_cnn = nn.Sequential(
-            conv(scalars, f1), nonlin(f1),
-            conv(f1, f2), *nonlin_pool(f2),
-            conv(f2, f3), nonlin(f3),
-            conv(f3, f4), *nonlin_pool(f4),
-            conv(f4, f5), nonlin(f5),
-            conv(f5, (FEATURES, 0, 0)),
+def _check_images(images: Tensor, pooling: str) -> None:
+    check_strip(images)
+    if pooling == "polyphase" and images.shape[3] % 4:
+        raise ValueError(
+            f"two polyphase poolings need a length L that is a multiple of 4, got shape {tuple(images.shape)}"
         )
-        self.classifier = build_classifier(classes, factory, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.pooling)
-        return self.classifier(self.mobius_cnn(_channels_last(x)).amax(dim=(2, 3)))
-
-
-class CNN(nn.Module):
-    """Conventional CNN of the same architecture: it pads over the cut but knows nothing of frames.
-
-    Args:
-        kernel_size: odd and positive.
-        ch_in: input channels.
-        classes: number of logits.
-        fix_params: divide the channels by sqrt(2), for about as many parameters as the gauge CNNs have;
-            otherwise it has as many channels as they have.
-        pooling: of `MobiusPool`: 'fixed', as published, or 'polyphase'.
-        dropout: probability in the classifier.
-        sign_eps: 0, as there are no sign-flip fields.
-        device, dtype: of the parameters.
-
-    Shape:
-        ``(N, ch_in, W, L)`` to ``(N, classes)``.
-
-    Raises:
-        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d, or whose L is no multiple
-            of 4 with polyphase pooling.
-
-    Source: arXiv:2106.06020, Section 5, Table 4.
-    """
-
-    def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, fix_params: bool = False,
-                 pooling: str = "fixed", dropout: float = DROPOUT, sign_eps: float = 0.0, *, device=None, dtype=None) -> None:
-        super().__init__()
-        _check_counts(ch_in=ch_in, classes=classes)
-        as_sign_eps(sign_eps, Fields(1, 0, 0))
-        self.pooling = pooling
-        factory = {"device": device, "dtype": dtype}
-
-        def conv(c_in, c_out):
-            # In the published numbering, padding is a layer of its own.
-            return nn.Identity(), MobiusConvNaive(c_in, c_out, kernel_size, **factory)
-
-        def pool(channels):
-            return MobiusPool((channels, 0, 0), pooling)
-
-        c1, c2, c3, c4, c5 = (int(c / sqrt(2)) if fix_params else c for c in (16, 32, 64, 128, 256))
-        self.cnn = nn.Sequential(
-            *conv(ch_in, c1), nn.ELU(),
-            *conv(c1, c2), pool(c2), nn.ELU(),
-            *conv(c2, c3), nn.ELU(),
-            *conv(c3, c4), pool(c4), nn.ELU(),
-            *conv(c4, c5), nn.ELU(),
-            *conv(c5, FEATURES),
-        )
-        self.classifier = build_classifier(classes, factory, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.pooling)
-        return self.classifier(self.cnn(_channels_last(x)).amax(dim=(2, 3)))
 
 
 MODELS = {

@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from convert_mnist import LENGTH, SCALAR
-from fields import REPRESENTATIONS, Fields, adjacent_channels, gauge_transform, isometry_action, split_types
+from fields import REPRESENTATIONS, Fields, gauge_transform, isometry_action, split_types
 from models import MODELS, MobiusGaugeCNN, build_model, count_parameters
 from nn_layers import MobiusConv, MobiusConvNaive, transport_pad
 
@@ -252,7 +252,7 @@ def first_kernels(model: nn.Module, columns: int = 8) -> Figure:
     if isinstance(conv, MobiusConv):
         fields = conv.out_fields
         types, titles, colours = channel_types(fields), _of_channels(fields, CHANNEL_NAMES), TYPE_COLOURS
-        kernel = adjacent_channels(conv.expand_kernel(), fields, dim=0)
+        kernel = conv.expand_kernel()
     else:
         kernel = conv.weight
         types, titles, colours = [""] * len(kernel), [""] * len(kernel), {"": NO_TYPE}

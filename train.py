@@ -35,9 +35,8 @@ from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, Split, convert
 from data_loader import batches, load_dataset
 from deformation import LARGEST_SCALING, RandomDeformation
 from fields import as_integer, isometry_action
-from models import DROPOUT, MODELS, build_model, count_parameters, has_sign_flip_fields
+from models import DROPOUT, MODELS, POOLINGS, build_model, count_parameters, has_sign_flip_fields
 from muon import Muon
-from nn_layers import POOLINGS
 from run_events import RunEvents, summary_writer
 from run_folder import (BadCheckpoint, Busy, RunFolder, checked_checkpoint, new_folder, read_checkpoint, read_result, read_weights,
                         say)

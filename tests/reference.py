@@ -52,6 +52,24 @@ def features(fields, width: int, length: int, n: int = 2, dtype=DOUBLE) -> torch
     return torch.randn(n, channels(fields), width, length, dtype=dtype)
 
 
+def on_blank_strip(fields, width: int, length: int, n: int = 2, dtype=DOUBLE) -> torch.Tensor:
+    """As the features of a digit: a stroke of random values on a constant background.
+
+    The background is 0 in sign-flip fields and has equal channels in regular ones.
+    """
+    triv, sign, reg = fields
+    background = [0.1 * torch.rand(triv), torch.zeros(sign), 0.1 * torch.rand(reg).repeat_interleave(2)]
+    stroke = torch.rand(n, 1, width, length) < 0.3
+    x = features(fields, width, length, n, dtype)
+    return torch.where(stroke, x, torch.cat(background).to(dtype)[:, None, None])
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """The same but for rounding, as other layers leave it: by up to 4 eps of the largest value."""
+    noise = 2 * torch.rand(x.shape, dtype=x.dtype) - 1
+    return x + 4 * torch.finfo(x.dtype).eps * x.abs().max() * noise
+
+
 def all_shifts(length: int) -> range:
     return range(-2 * length, 2 * length + 1)
 

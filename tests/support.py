@@ -20,7 +20,7 @@ import convert_mnist
 import run_folder
 import train
 from fields import gauge_transform, isometry_action
-from tests.reference import TOLERANCE, all_shifts, features
+from tests.reference import TOLERANCE, features, on_blank_strip, rounded
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = collections.Counter()  # of what was survived
@@ -62,18 +62,24 @@ class Case(unittest.TestCase):
 
     def assertIsometryEquivariant(self, layer, in_fields, out_fields, width, length, step=1):
         """Under every shift by a multiple of `step`, where a shift of the output is that of the input / step."""
-        x = features(in_fields, width, length)
-        y = layer(x)
-        for shift in all_shifts(length)[::step]:
-            self.assertClose(
-                layer(isometry_action(x, shift, in_fields)), isometry_action(y, shift // step, out_fields),
-                message=f"fields {in_fields} -> {out_fields}, W x L = {width} x {length}, shift {shift}",
-            )
+        for make in (features, on_blank_strip):
+            x = make(in_fields, width, length)
+            y = layer(rounded(x))
+            for shift in range(-step, 2 * length + 1, step):
+                self.assertClose(
+                    layer(rounded(isometry_action(x, shift, in_fields))),
+                    isometry_action(y, shift // step, out_fields),
+                    message=f"{make.__name__}, fields {in_fields} -> {out_fields}, "
+                            f"W x L = {width} x {length}, shift {shift}",
+                )
 
     def assertGaugeEquivariant(self, layer, in_fields, out_fields, width, length):
         """For a layer that acts at each point of its output in any frame alike."""
-        x = features(in_fields, width, length)
-        self.assertClose(layer(gauge_transform(x, in_fields)), gauge_transform(layer(x), out_fields))
+        for make in (features, on_blank_strip):
+            x = make(in_fields, width, length)
+            y = layer(rounded(x))
+            reflected = layer(rounded(gauge_transform(x, in_fields)))
+            self.assertClose(reflected, gauge_transform(y, out_fields), message=make.__name__)
 
 
 class FilesCase(Case):

@@ -1,328 +1,782 @@
-"""The ways to compute: each equals the plain formula."""
+"""The package fast/: every twin against its formula, and when a twin is called at all."""
 
+import collections
 import contextlib
 import copy
+import gc
 import io
 import itertools
 import threading
+import warnings
+from functools import partial
+from typing import Callable, NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import torch.nn.utils.parametrizations
 import torch.nn.utils.prune
+from torch import Tensor
 
-import spectral
-from fast_path import is_plain
-from fields import (
-    Fields, PlanarFields, adjacent_channels, arrange_channels, gauge_transform, isometry_action,
+import fast
+import fast.kept
+import fast.spectral
+from fast import TWINS
+from fields import Fields, isometry_action
+from models import MODELS, build_model, has_sign_flip_fields
+from nn_layers import (
+    EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, equiv_elu, max_pool, naive_conv,
+    pad_columns, strip_conv, strip_pool, transport_pad,
 )
-from models import build_model
-from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool
+from polyphase import PolyphasePool, better_grid, norm, one_column_back, shift_back
 from tests.reference import (
-    DOUBLE, FIELDS, KERNEL_SIZES, SIZES, TOLERANCE, channels, features, randomized, reference_cover,
+    DOUBLE, FIELDS, KERNEL_SIZES, SIZES, TOLERANCE, channels, features, randomized,
 )
 from tests.support import Case
 
-
-def plain_conv(layer: MobiusConv, x: torch.Tensor) -> torch.Tensor:
-    pad, fields = layer.kernel_size // 2, layer.in_fields
-    cover = reference_cover(adjacent_channels(x, fields), tuple(fields), -pad, x.shape[3] + pad)
-    padded = F.pad(arrange_channels(cover, fields), (0, 0, pad, pad))
-    return F.conv2d(padded, layer.expand_kernel(), layer.expand_bias())
-
-
-def plain_nonlin(layer: EquivNonlin, x: torch.Tensor) -> torch.Tensor:
-    sign = slice(layer.in_fields.triv, layer.in_fields.triv + layer.in_fields.sign)
-    odd = x[:, sign].sign() * F.elu(x[:, sign].abs() + layer.bias_sign) if layer.bias_sign is not None else x[:, sign]
-    return torch.cat([F.elu(x[:, :sign.start]), odd, F.elu(x[:, sign.stop:])], dim=1)
+HALF = (torch.bfloat16, torch.float16)
+TOLERANCES = {
+    torch.float64: TOLERANCE, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2,
+}
+SOME_FIELDS = [*FIELDS[:3], FIELDS[-1]]
 
 
-def plain_pool(layer: MobiusPool, x: torch.Tensor) -> torch.Tensor:
-    sign = slice(layer.in_fields.triv, layer.in_fields.triv + layer.in_fields.sign)
-    windows = x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
-    largest = windows.max(4).values
-    by_magnitude = windows.gather(4, windows.abs().argmax(4, keepdim=True)).squeeze(4)
-    return torch.cat([largest[:, :sign.start], by_magnitude[:, sign], largest[:, sign.stop:]], dim=1)
+# --------------------------------------------------------------------------------------------------
+# Inputs
+
+
+def on_blank(fields, width: int, length: int, dtype=DOUBLE) -> Tensor:
+    """Four samples whose signs and largest values rounding would decide.
+
+    A block of equal values on a blank strip; 0 and values of equal magnitude, the same with an
+    error of a few eps; zeros.
+    """
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    block = torch.zeros(channels(fields), width, length, dtype=DOUBLE)
+    block[:, 1:4, 1:4] = 0.75
+    equal = 0.75 * torch.randint(-1, 2, block.shape)
+    rounded = equal + eps * torch.randint(-4, 5, block.shape)
+    return torch.stack([block, equal, rounded, torch.zeros_like(block)]).to(dtype)
+
+
+def strips(fields, width: int, length: int, n: int = 2, dtype=DOUBLE) -> Tensor:
+    """`n` samples of noise and those of `on_blank`."""
+    noise = features(fields, width, length, n).to(dtype)
+    return torch.cat([noise, on_blank(fields, width, length, dtype)])
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+
+
+def every_second(x: Tensor) -> Tensor:
+    """The same values, with gaps between them in memory."""
+    return torch.stack([x, torch.full_like(x, 7)], dim=-1)[..., 0]
+
+
+FORMATS = (torch.Tensor.contiguous, channels_last, every_second)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which twins are called
+
+
+@contextlib.contextmanager
+def counted():
+    """Count the calls of each twin that do not decline."""
+    counts = collections.Counter()
+
+    def counting(name, twin, *args):
+        result = twin(*args)
+        if result is not NotImplemented:
+            counts[name] += 1
+        return result
+
+    cells = {}
+    for name, function in TWINS.items():
+        (cells[name],) = (c for c in function.__closure__ if c.cell_contents is function.twin)
+    for name, cell in cells.items():
+        cell.cell_contents = partial(counting, name, TWINS[name].twin)
+    try:
+        yield counts
+    finally:
+        for name, cell in cells.items():
+            cell.cell_contents = TWINS[name].twin
 
 
 def everywhere_spectral():
     """The Fourier basis for every convolution in channels_last, also where it does not pay."""
     def pays(x, *_):
         _, c, w, l = x.shape
-        return is_plain(x) and not x.is_meta and x.stride() == (c * w * l, 1, l * c, c)
+        return x.stride() == (c * w * l, 1, l * c, c)
 
-    return mock.patch("spectral.pays", pays)
-
-
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+    return mock.patch("fast.spectral.pays", pays)
 
 
-class TestFastPaths(Case):
-    def assertEqualsPlain(self, layer, plain, x, tolerance, message=None):
-        """Forward, and the gradients of the input and of all parameters."""
+# --------------------------------------------------------------------------------------------------
+# Cases of each twin
+
+
+class Arguments(NamedTuple):
+    """of: the arguments, from the tensors that they are differentiated by."""
+
+    about: str
+    inputs: list[Tensor]
+    of: Callable
+
+
+def elementwise_inputs(dtype):
+    """Features of all fields and sizes in all memory formats, and an empty batch."""
+    for (f, fields), (s, size) in itertools.product(enumerate(FIELDS), enumerate(SIZES)):
+        fields, make = Fields(*fields), FORMATS[(f + s) % 3]
+        x = make(strips(fields, *size, 14, dtype))
+        yield f"{tuple(fields)}, W x L = {size}, {make.__name__}", fields, x
+    yield "an empty batch", fields, strips(fields, *size, dtype=dtype)[:0]
+
+
+def pad_columns_cases(dtype):
+    for about, fields, x in elementwise_inputs(dtype):
+        for pad in (0, 1, 3, x.shape[3]):
+            yield Arguments(f"pad = {pad}, {about}", [x], lambda x: (x, pad, fields))
+
+
+def equiv_elu_cases(dtype):
+    for about, fields, x in elementwise_inputs(dtype):
+        if fields.sign:
+            b = torch.randn(1, fields.sign, 1, 1, dtype=torch.float32 if dtype in HALF else dtype)
+            yield Arguments(about, [x, b], lambda x, b: (x, b, fields))
+
+
+def max_pool_cases(dtype):
+    for about, fields, x in elementwise_inputs(dtype):
+        for padding, ceil_mode in (((0, 0), False), ((0, 0), True), ((1, 0), False)):
+            about = f"padding = {padding}, ceil_mode = {ceil_mode}, {about}"
+            yield Arguments(about, [x], lambda x: (x, fields, padding, ceil_mode))
+
+
+def better_grid_cases(dtype):
+    for about, fields, x in elementwise_inputs(dtype):
+        if x.shape[3] % 2 == 0:
+            with fast.disabled():
+                even, odd = (norm(strip_pool(y, fields)) for y in (x, one_column_back(x, fields)))
+            # Rounding may decide between grids that are as good as equal.
+            x = x[((odd - even).abs() > TOLERANCES[dtype] * odd) | (odd == 0)]
+            yield Arguments(about, [], lambda: (x, fields))  # it is not differentiable
+
+
+def shift_back_cases(dtype):
+    for about, fields, x in elementwise_inputs(dtype):
+        for p in (torch.rand(len(x)) < 0.5, torch.zeros(len(x)).bool(), torch.ones(len(x)).bool()):
+            yield Arguments(f"p = {p.int().tolist()}, {about}", [x], lambda x: (x, p, fields))
+
+
+def strip_conv_cases(dtype):
+    """Each pair of fields with each kernel size and each size of the strip.
+
+    By the kernel's free values: gradients of the others are a matter of representation.
+    """
+    axes = map(enumerate, (FIELDS, FIELDS, KERNEL_SIZES))
+    for (i, in_fields), (o, out_fields), (s, k) in itertools.product(*axes):
+        if dtype not in HALF:
+            size = SIZES[(i + o + s) % len(SIZES)]
+            layer = randomized(MobiusConv(in_fields, out_fields, k, dtype=dtype))
+            x = channels_last(strips(in_fields, *size, dtype=dtype))
+            yield Arguments(
+                f"{in_fields} to {out_fields}, k = {k}, W x L = {size}",
+                [x, *(getattr(layer, name).detach() for name in layer.parameter_names)],
+                lambda x, *values: (x, *expanded(layer, values), layer.in_fields, layer.out_fields),
+            )
+
+
+def expanded(layer: MobiusConv, values) -> tuple[Tensor, Tensor | None]:
+    """The kernel and the bias for these values of the parameters."""
+    class Expansion(nn.Module):
+        def forward(self):
+            return layer.expand_kernel(), layer.expand_bias()
+
+    expansion = Expansion()
+    expansion.layer = layer
+    names = (f"layer.{name}" for name in layer.parameter_names)
+    return torch.func.functional_call(expansion, dict(zip(names, values)), ())
+
+
+def naive_conv_cases(dtype):
+    for k, size, bias in itertools.product(KERNEL_SIZES, SIZES, (True, False)):
+        if dtype not in HALF:
+            x = channels_last(strips((3, 0, 0), *size, dtype=dtype))
+            inputs = [x, torch.randn(4, 3, k, k, dtype=dtype)]
+            about = f"k = {k}, W x L = {size}"
+            if bias:
+                yield Arguments(about, [*inputs, torch.randn(4, dtype=dtype)], lambda *args: args)
+            else:
+                yield Arguments(f"no bias, {about}", inputs, lambda x, kernel: (x, kernel, None))
+
+
+CASES = {
+    "pad_columns": pad_columns_cases,
+    "equiv_elu": equiv_elu_cases,
+    "max_pool": max_pool_cases,
+    "better_grid": better_grid_cases,
+    "shift_back": shift_back_cases,
+    "strip_conv": strip_conv_cases,
+    "naive_conv": naive_conv_cases,
+}
+
+
+def one_case(name: str) -> Arguments:
+    """A small one of all field types, which the twin does not decline."""
+    fields, other = Fields(1, 1, 1), Fields(0, 2, 1)
+    x, p = channels_last(features(fields, 4, 4, n=1)), torch.ones(1).bool()
+    layer = randomized(MobiusConv(fields, other, 3, dtype=DOUBLE))
+    kernel, bias = (tensor.detach() for tensor in layer.expand())
+    b = torch.randn(1, 1, 1, 1, dtype=DOUBLE)
+    return {
+        "pad_columns": Arguments(name, [x], lambda x: (x, 1, fields)),
+        "equiv_elu": Arguments(name, [x, b], lambda x, b: (x, b, fields)),
+        "max_pool": Arguments(name, [x], lambda x: (x, fields, (0, 0), False)),
+        "better_grid": Arguments(name, [x], lambda x: (x, fields)),
+        "shift_back": Arguments(name, [x], lambda x: (x, p.to(x.device), fields)),
+        "strip_conv": Arguments(name, [x, kernel, bias], lambda *args: (*args, fields, other)),
+        "naive_conv": Arguments(name, [x, kernel, bias], lambda *args: args),
+    }[name]
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+class FastCase(Case):
+    def assertSame(self, actual, expected, tolerance, about=None):
+        """All tensors, relative to the largest value of each."""
+        self.assertEqual(len(actual), len(expected), about)
+        for i, (a, b) in enumerate(zip(actual, expected)):
+            self.assertEqual(a.dtype, b.dtype, about)
+            if b.dtype.is_floating_point:
+                scale = b.abs().max().clamp(min=1e-3) if b.numel() else 1
+                a, b = a / scale, b / scale
+            self.assertClose(a, b, tolerance, f"{about}, tensor {i}")
+
+    def assertEqualsFormula(self, layer, x, tolerance=TOLERANCE, about=None, twin=None):
+        """Values and gradients of the input and all parameters; `twin` is called once."""
         x = channels_last(x).requires_grad_()
         tensors = [x, *layer.parameters()]
-        y, expected = layer(x), plain(layer, x)
+        with counted() as counts:
+            y = layer(x)
+        if twin:
+            self.assertEqual(counts[twin], 1, about)
+        with fast.disabled():
+            expected = layer(x)
         grad = torch.randn_like(expected)
-        actual = (y, *torch.autograd.grad(y, tensors, grad))
-        expected = (expected, *torch.autograd.grad(expected, tensors, grad))
-        for a, b in zip(actual, expected):
-            scale = b.abs().max().clamp(min=1e-3) if b.numel() else 1
-            self.assertClose(a / scale, b / scale, tolerance, message)
+        self.assertSame([y, *torch.autograd.grad(y, tensors, grad)],
+                        [expected, *torch.autograd.grad(expected, tensors, grad)], tolerance, about)
 
-    def test_convolution(self):
-        some = [*FIELDS[:3], FIELDS[-1]]
-        cases = [*itertools.product(FIELDS, FIELDS, (3,)), *itertools.product(some, some, (1, 5, 7))]
-        for in_fields, out_fields, k in cases:
-            for make, (width, length) in zip((Fields, PlanarFields), ((6, 5), (7, 8))):
-                layer = randomized(MobiusConv(make(*in_fields), make(*out_fields), k, dtype=DOUBLE))
-                x = features(in_fields, width, length)
-                message = f"{in_fields} -> {out_fields}, k = {k}, {make.__name__}, W x L = {width} x {length}"
-                with everywhere_spectral():
-                    self.assertEqualsPlain(layer, plain_conv, x, TOLERANCE, message)
-                    self.assertEqualsPlain(layer.float(), plain_conv, x.float(), 1e-4, message)
-            self.assertEqualsPlain(layer.double(), plain_conv, x, TOLERANCE, message)
 
-    def test_convolution_of_many_channels(self):
-        """In the sizes where it pays by itself, and the kernel gradient is put together from copies."""
-        for in_fields, out_fields in (((0, 0, 16), (0, 0, 32)), ((0, 0, 32), (32, 0, 0)), ((8, 8, 8), (0, 48, 0)), ((40, 0, 0), (8, 8, 16))):
-            layer = MobiusConv(in_fields, out_fields, 5)
-            x = features(in_fields, 7, 7, n=16, dtype=torch.float32)
-            with mock.patch("spectral.steerable_conv", wraps=spectral.steerable_conv) as fast:
-                self.assertEqualsPlain(layer, plain_conv, x, 1e-4, f"{in_fields} -> {out_fields}")
-                self.assertEqual(fast.call_count, 1)
+class TestTwins(FastCase):
+    def derivatives(self, function: Callable, case: Arguments) -> list[Tensor]:
+        """The value, all gradients, and in float64 the gradients of these in some direction."""
+        generator = torch.Generator().manual_seed(0)
 
-    def test_conventional_convolution(self):
-        for k, (width, length) in itertools.product(KERNEL_SIZES, SIZES):
-            layer = MobiusConvNaive(3, 4, k, dtype=DOUBLE)
+        def random(*shape):
+            return torch.randn(shape, generator=generator, dtype=DOUBLE).to(y.dtype)
 
-            def plain(layer, x):
-                return F.conv2d(MobiusPadNaive(k)(x), layer.weight, layer.bias)
+        inputs = [x.detach().requires_grad_() for x in case.inputs]
+        y = function(*case.of(*inputs))
+        if not y.dtype.is_floating_point:
+            return [y]
+        n, c, w, l = y.shape
+        # In other dtypes the gradient of y has no memory of its own, as that of a sum().
+        grad = random(n, c, w, l) if y.dtype == DOUBLE else random(c, 1, l).expand_as(y)
+        grad.requires_grad_()
+        gradients = torch.autograd.grad(y, inputs, grad, retain_graph=True)
+        if y.dtype != DOUBLE:
+            return [y, *gradients]
+        again = torch.autograd.grad(y, inputs, grad, create_graph=True)
+        directions = [random(*x.shape) for x in inputs]
+        second = torch.autograd.grad(again, [grad, *inputs], directions, materialize_grads=True)
+        return [y, *gradients, *again, *second]
 
-            self.assertEqualsPlain(layer, plain, features((3, 0, 0), width, length), TOLERANCE)
-            with everywhere_spectral():
-                self.assertEqualsPlain(layer, plain, features((3, 0, 0), width, length), TOLERANCE)
+    def test_each_twin_equals_its_formula(self):
+        for (name, function), dtype in itertools.product(TWINS.items(), TOLERANCES):
+            self.assertIn(name, CASES, "a twin without cases")
+            calls = cases = 0
+            with self.subTest(name, dtype=dtype), everywhere_spectral():
+                for case in CASES[name](dtype):
+                    about = f"{name}, {dtype}, {case.about}"
+                    with counted() as counts:
+                        actual = self.derivatives(function, case)
+                    calls, cases = calls + counts[name], cases + 1
+                    with fast.disabled():
+                        expected = self.derivatives(function.formula, case)
+                    self.assertSame(actual, expected, TOLERANCES[dtype], about)
+                self.assertEqual(calls > 0, cases > 0, "a twin that declines in all cases")
+                self.assertTrue(cases or dtype in HALF)
 
-    def test_conventional_convolution_of_many_channels(self):
-        def plain(layer, x):
-            return F.conv2d(MobiusPadNaive(5)(x), layer.weight, layer.bias)
+    def test_the_register(self):
+        functions = (
+            pad_columns, equiv_elu, max_pool, better_grid, shift_back, strip_conv, naive_conv,
+        )
+        self.assertEqual(TWINS, {function.__name__: function for function in functions})
+        for name, function in TWINS.items():
+            self.assertIs(function.twin, getattr(fast, name))
+            self.assertIsNot(function.formula, function.twin)
+            self.assertEqual(function.__doc__, function.formula.__doc__)
 
-        for c_in, c_out in ((32, 48), (48, 33)):
-            x = features((c_in, 0, 0), 7, 7, n=16, dtype=torch.float32)
-            with mock.patch("spectral.conventional_conv", wraps=spectral.conventional_conv) as fast:
-                self.assertEqualsPlain(MobiusConvNaive(c_in, c_out, 5), plain, x, 1e-4)
-                self.assertEqual(fast.call_count, 1)
+    def test_a_new_twin(self):
+        """The decorator alone: who computes, in which thread, after an error."""
+        with mock.patch.dict(TWINS):
+            def twin(formula, x):
+                return NotImplemented if x.ndim > 1 else formula(x) + "twin"
 
-    def test_a_layer_twice(self):
-        """With one parameter on two levels; also where the gradient is to be differentiated."""
-        def plain_naive(layer, x):
-            return F.conv2d(MobiusPadNaive(3)(x), layer.weight, layer.bias)
+            @fast.accelerated(by=twin)
+            def function(x):
+                return "formula"
 
-        cases = [
-            (EquivNonlin((1, 2, 1), dtype=DOUBLE), plain_nonlin, (1, 2, 1)),
-            (MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE), plain_conv, (1, 1, 1)),
-            (MobiusConvNaive(4, 4, 3, dtype=DOUBLE), plain_naive, (4, 0, 0)),
-        ]
-        for (layer, plain, fields), create_graph in itertools.product(cases, (False, True)):
-            randomized(layer)
-            x = channels_last(features(fields, 5, 4))
-            with everywhere_spectral():
-                y = layer(layer(x)).square().sum()
-                actual = torch.autograd.grad(y, list(layer.parameters()), create_graph=create_graph)
-            expected = torch.autograd.grad(plain(layer, plain(layer, x)).square().sum(), list(layer.parameters()))
-            for a, b in zip(actual, expected):
-                self.assertClose(a / b.abs().max(), b / b.abs().max())
+            self.assertIs(TWINS["function"], function)
+        x = torch.ones(2)
+        self.assertEqual(function(x), "formulatwin")
+        self.assertEqual(function(nn.Parameter(x)), "formulatwin")
+        self.assertEqual(function(x[None]), "formula")
+        self.assertEqual(function(x.to("meta")), "formula")
+        self.assertEqual(function(x.as_subclass(type("Other", (Tensor,), {}))), "formula")
+        with self.assertRaises(ZeroDivisionError), fast.disabled():
+            with fast.disabled():
+                self.assertEqual(function(x), "formula")
+            self.assertEqual(function(x), "formula")
+            results = []
+            thread = threading.Thread(target=lambda: results.append(function(x)))
+            thread.start()
+            thread.join()
+            self.assertEqual(results, ["formulatwin"])  # for the thread that asks
+            1 / 0
+        self.assertEqual(function(x), "formulatwin")
 
-    def test_function_transforms(self):
-        """torch.func on layers and models, gradients in batches, FLOP counters and fake tensors."""
+    def test_the_formula_where_something_looks_inside(self):
+        """Transforms, forward mode, fake tensors, FLOP counters, tracing, other devices."""
         from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.autograd import forward_ad
+        from torch.fx.experimental.proxy_tensor import make_fx
         from torch.utils.flop_counter import FlopCounterMode
 
-        for layer in (randomized(MobiusConv((0, 1, 1), (0, 1, 1), 3, dtype=DOUBLE)), randomized(EquivNonlin((0, 1, 1), dtype=DOUBLE))):
-            x = channels_last(features((0, 1, 1), 3, 3, n=1))
+        warnings.simplefilter("ignore")  # of torch.jit.trace, which is deprecated
+        self.addCleanup(warnings.resetwarnings)
+        for name, function in TWINS.items():
+            x, *rest = (case := one_case(name)).inputs
+
+            def call(x):
+                return function(*case.of(x, *rest))
+
+            def loss(x):
+                return call(x).square().sum()
+
+            with self.subTest(name), everywhere_spectral():
+                with counted() as counts:
+                    y = call(x)
+                self.assertEqual(counts[name], 1)
+                with counted() as counts:
+                    meta = function(*case.of(*(x.to("meta") for x in case.inputs)))
+                    self.assertEqual((meta.is_meta, meta.shape), (True, y.shape))
+                    batch = torch.vmap(call)(torch.stack([x, 2 * x]))
+                    fields = x.as_subclass(type("Features", (Tensor,), {}))
+                    self.assertNotEqual(type(call(fields)), Tensor)
+                    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+                        self.assertEqual(call(fake.from_tensor(x)).shape, y.shape)
+                    with FlopCounterMode(display=False) as counter:
+                        call(x)
+                    self.assertEqual(counter.get_total_flops() > 0, "conv" in name)
+                    for traced in (torch.jit.trace(call, x, check_trace=False), make_fx(call)(x)):
+                        self.assertSame([traced(x)], [y], TOLERANCE)
+                    if y.dtype == DOUBLE:
+                        jacobians = [torch.func.jacrev(call)(x), torch.func.jacfwd(call)(x)]
+                        hessian = torch.func.hessian(loss)(x)
+                        with forward_ad.dual_level():
+                            dual = call(forward_ad.make_dual(x, torch.ones_like(x)))
+                            forward = forward_ad.unpack_dual(dual).tangent
+                self.assertEqual(counts, {})
+                self.assertSame([batch[1]], [call(2 * x)], TOLERANCE)
+                if y.dtype == DOUBLE:
+                    jacobian = torch.autograd.functional.jacobian(call, x)
+                    batched = torch.autograd.functional.jacobian(call, x, vectorize=True)
+                    self.assertSame([*jacobians, batched], [jacobian] * 3, TOLERANCE)
+                    self.assertSame([forward], [jacobian.sum(dim=(4, 5, 6, 7))], TOLERANCE)
+                    expected = torch.autograd.functional.hessian(loss, x)
+                    self.assertSame([hessian], [expected], TOLERANCE)
+
+
+class TestConvolutions(FastCase):
+    def test_many_channels(self):
+        """Where the twin pays by itself, and the kernel gradient is put together from copies."""
+        cases = [
+            ((0, 0, 16), (0, 0, 32), 16), ((0, 0, 32), (32, 0, 0), 37),
+            ((8, 8, 8), (0, 48, 0), 16), ((40, 0, 0), (8, 8, 16), 16),
+        ]
+        for in_fields, out_fields, n in cases:
+            about = f"{in_fields} to {out_fields}, {n} samples"
+            layer = randomized(MobiusConv(in_fields, out_fields, 5))
+            x = features(in_fields, 7, 7, n, torch.float32)
+            self.assertEqualsFormula(layer, x, 1e-4, about, twin="strip_conv")
+
+    def test_many_channels_of_a_conventional_convolution(self):
+        for c_in, c_out, n in ((32, 48, 33), (48, 33, 16)):
+            x = features((c_in, 0, 0), 7, 7, n, torch.float32)
+            self.assertEqualsFormula(MobiusConvNaive(c_in, c_out, 5), x, 1e-4, twin="naive_conv")
+
+    def test_conventional_convolution(self):
+        for k, size in itertools.product(KERNEL_SIZES, SIZES):
+            layer, x = MobiusConvNaive(3, 4, k, dtype=DOUBLE), features((3, 0, 0), *size)
             with everywhere_spectral():
-                jacobian = torch.autograd.functional.jacobian(layer, x)
-                for transform in (torch.func.jacrev, torch.func.jacfwd):
-                    self.assertClose(transform(layer)(x), jacobian)
-                self.assertClose(torch.autograd.functional.jacobian(layer, x, vectorize=True), jacobian)
-                torch.func.hessian(lambda x: layer(x).square().sum())(x)
-        model, images = build_model("mobius_mixed").eval(), torch.rand(16, 1, 28, 28)
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-            build_model("mobius_regular").eval()(fake.from_tensor(images))
-        with FlopCounterMode(display=False) as counter:
-            model(images)
-        self.assertGreater(counter.get_total_flops(), 16 * 2 * 120e6)
-        self.assertClose(torch.vmap(model)(images[:, None])[:, 0], model(images), tolerance=1e-4)
+                self.assertEqualsFormula(layer, x, twin="naive_conv")
+            with counted() as counts:
+                layer(x)
+            self.assertEqual(counts, {"pad_columns": 1})
 
     def test_frozen_parts(self):
-        """Gradients for the input alone and for the parameters alone."""
-        layer, x = randomized(MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE)), channels_last(features((1, 1, 1), 6, 5))
-        with everywhere_spectral():
-            layer(x).square().sum().backward()
-            grads = [p.grad.clone() for p in layer.parameters()]
-            layer.requires_grad_(False)
-            x.requires_grad_()
-            layer(x).square().sum().backward()
-        layer.requires_grad_().zero_grad()
-        x_grad, x.grad = x.grad, None
-        plain_conv(layer, x).square().sum().backward()
-        for actual, expected in zip((x_grad, *grads), (x.grad, *(p.grad for p in layer.parameters()))):
-            self.assertClose(actual, expected)
+        """Gradients for the input alone, and for any of the parameters alone."""
+        x, naive = features((1, 1, 1), 6, 5), MobiusConvNaive(4, 4, 3, dtype=DOUBLE)
+        layers = MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE), naive
+        for layer, of_input in itertools.product(map(randomized, layers), (True, False)):
+            names = [name for name, _ in layer.named_parameters()]
+            for free in ([], ["bias_triv", "bias_reg", "bias"], names[:1], names[-1:], names):
+                for name, parameter in layer.named_parameters():
+                    parameter.requires_grad_(name in free)
+                inputs = [channels_last(x).requires_grad_(of_input), *layer.parameters()]
+                wanted = [tensor for tensor in inputs if tensor.requires_grad]
+                with everywhere_spectral(), counted() as counts:
+                    y = layer(inputs[0])
+                self.assertEqual(sum(counts.values()), 1)
+                self.assertEqual(y.requires_grad, bool(wanted))
+                if wanted:
+                    with fast.disabled():
+                        expected = torch.autograd.grad(layer(inputs[0]).square().sum(), wanted)
+                    loss, about = y.square().sum(), f"{free}, input {of_input}"
+                    for create_graph in (True, False):
+                        actual = torch.autograd.grad(loss, wanted, create_graph=create_graph)
+                        self.assertSame(actual, expected, TOLERANCE, about)
 
-    def test_nonlinearity_and_pooling(self):
-        for fields in FIELDS:
-            x = features(fields, 8, 6)
-            self.assertEqualsPlain(randomized(EquivNonlin(fields, dtype=DOUBLE)), plain_nonlin, x, TOLERANCE)
-            self.assertEqualsPlain(MobiusPool(fields), plain_pool, x, TOLERANCE)
+    def test_bfloat16(self):
+        """Under autocast, values and gradients are about as good as the formula's."""
+        layers = MobiusConv((0, 0, 16), (8, 8, 8), 5), MobiusConvNaive(32, 32, 5)
+        for layer in map(randomized, layers):
+            x = channels_last(features((0, 0, 16), 9, 8, 16, torch.float32)).requires_grad_()
+            inputs = [x, *layer.parameters()]
+            grad = torch.randn(16, 32, 9, 8).bfloat16()
+            results = {}
+            for way in ("exact", "formula", "twin"):
+                with contextlib.ExitStack() as stack:
+                    counts = stack.enter_context(counted())
+                    if way != "twin":
+                        stack.enter_context(fast.disabled())
+                    with torch.autocast("cpu", torch.bfloat16, enabled=way != "exact"):
+                        y = layer(x)
+                    self.assertEqual(sum(counts.values()), way == "twin")
+                    gradients = torch.autograd.grad(y, inputs, grad.to(y.dtype), create_graph=True)
+                    results[way] = [y, *gradients]
+            for exact, formula, twin in zip(*results.values()):
+                self.assertEqual(twin.dtype, formula.dtype)
+                allowed = 3 * (formula - exact).norm() + 1e-6 * exact.norm()
+                self.assertLess((twin - exact).norm(), allowed)
+            with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 as it is
+                layer.double()
+                self.assertEqualsFormula(layer, x.detach().double(), about="float64 under autocast")
+
+    def test_gradients_under_autocast(self):
+        """The twin's own ones in bfloat16, not those of the formula that create_graph asks for."""
+        layers = MobiusConv((0, 0, 16), (8, 8, 8), 5), MobiusConvNaive(32, 32, 5)
+        for layer in map(randomized, layers):
+            x = channels_last(features((0, 0, 16), 7, 7, 16, torch.float32)).requires_grad_()
+            inputs = [x, *layer.parameters()]
+            with fast.disabled():
+                exact = torch.autograd.grad(layer(x).square().sum(), inputs)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer(x)
+            for a, b in zip(torch.autograd.grad(y.float().square().sum(), inputs), exact):
+                self.assertEqual(a.dtype, torch.float32)
+                self.assertLess((a - b).norm(), 0.02 * b.norm())
+
+    def test_what_is_computed_how(self):
+        """By the formula where the twin does not pay; in the memory format of the input."""
+        def calls(x, layer):
+            x.requires_grad_()
+            with counted() as counts:
+                y = layer(x)
+            last = x.is_contiguous(memory_format=torch.channels_last)
+            (grad,) = torch.autograd.grad(y.square().sum(), x)
+            for result in (y, grad):
+                self.assertEqual(result.is_contiguous(memory_format=torch.channels_last), last)
+            return counts["strip_conv"] + counts["naive_conv"]
+
+        def image(*shape):
+            return channels_last(torch.randn(shape))
+
+        for layer in (MobiusConv((0, 0, 16), (0, 0, 16), 5), MobiusConvNaive(32, 32, 5)):
+            self.assertEqual(calls(image(16, 32, 14, 14), layer), 1)
+            self.assertEqual(calls(image(16, 32, 14, 14).contiguous(), layer), 0)
+            self.assertEqual(calls(image(15, 32, 14, 14), layer), 0)
+            self.assertEqual(calls(image(16, 32, 101, 4), layer), 0)
+        for fields, k, expected in (((32, 0, 0), 3, 0), ((31, 0, 0), 5, 0), ((32, 0, 0), 7, 1)):
+            layer = MobiusConv((0, 0, 16), fields, k)
+            self.assertEqual(calls(image(16, 32, 14, 14), layer), expected)
+        self.assertEqual(calls(image(16, 16, 14, 14), MobiusConv((0, 0, 8), (0, 0, 32), 5)), 0)
+        for name, twin in (("mobius_regular", "strip_conv"), ("cnn_same_channels", "naive_conv")):
+            with counted() as counts:
+                build_model(name)(torch.rand(16, 1, 16, 16))
+            self.assertEqual(counts[twin], 4)
+
+    def test_memory_format_of_the_other_layers(self):
+        for layer, make in itertools.product((EquivNonlin, MobiusPool, PolyphasePool), FORMATS[:2]):
+            x = make(features((2, 1, 1), 8, 8)).requires_grad_()
+            y = layer((2, 1, 1))(x)
+            (grad,) = torch.autograd.grad(y.square().sum(), x)
+            for result in (y, grad):
+                self.assertEqual(result.stride(), make(result).stride(), layer)
+
+    def test_wrong_dtypes_are_refused_either_way(self):
+        for layer in (MobiusConv((0, 0, 16), (0, 0, 16), 5), MobiusConvNaive(32, 32, 5)):
+            for x in (torch.randn(16, 32, 7, 7), channels_last(torch.randn(16, 32, 7, 7))):
+                for other in (x.double(), x.bfloat16(), x.int()):
+                    with self.assertRaises(RuntimeError):
+                        layer(other)
+
+    def test_equivariance_in_the_fourier_basis(self):
+        for in_fields, out_fields in itertools.product(SOME_FIELDS, repeat=2):
+            layer = randomized(MobiusConv(in_fields, out_fields, 3, dtype=DOUBLE))
+            with everywhere_spectral():
+                self.assertIsometryEquivariant(
+                    lambda x: layer(channels_last(x)), in_fields, out_fields, 5, 4)
+        naive, fields = MobiusConvNaive(2, 2, 3, dtype=DOUBLE), (2, 0, 0)
+        x = features(fields, 5, 4)
+        with everywhere_spectral():
+            y = naive(channels_last(isometry_action(x, 1, fields)))
+            self.assertNotClose(y, isometry_action(naive(channels_last(x)), 1, fields))
+
+
+class TestLayersAndModels(FastCase):
+    def test_a_layer_twice(self):
+        """With one parameter on two levels; also where the gradient is to be differentiated."""
+        fields = (1, 2, 1)
+        layers = [
+            EquivNonlin(fields, dtype=DOUBLE),
+            MobiusConv(fields, fields, 3, dtype=DOUBLE),
+            MobiusConvNaive(5, 5, 3, dtype=DOUBLE),
+        ]
+        for layer, create_graph in itertools.product(map(randomized, layers), (False, True)):
+            x, parameters = channels_last(features(fields, 5, 4)), list(layer.parameters())
+            with everywhere_spectral(), counted() as counts:
+                y = layer(layer(x)).square().sum()
+                actual = torch.autograd.grad(y, parameters, create_graph=create_graph)
+            self.assertEqual(max(counts.values()), 2)
+            with fast.disabled():
+                expected = torch.autograd.grad(layer(layer(x)).square().sum(), parameters)
+            self.assertSame(actual, expected, TOLERANCE)
 
     def test_derivatives_of_every_kind(self):
         """Second order, forward mode, torch.vmap over inputs and over parameters."""
         fields = (1, 1, 1)
-        layers = [MobiusConv(fields, fields, 3, dtype=DOUBLE), EquivNonlin(fields, dtype=DOUBLE), MobiusPool(fields)]
-        for layer, fast in itertools.product(layers, (False, True)):
-            randomized(layer)
+        layers = [
+            MobiusConv(fields, fields, 3, dtype=DOUBLE), MobiusConvNaive(4, 2, 3, dtype=DOUBLE),
+            EquivNonlin(fields, dtype=DOUBLE), MobiusPool(fields), PolyphasePool(fields),
+        ]
+        for layer in map(randomized, layers):
             x = channels_last(features(fields, 4, 4, n=1)).requires_grad_()
-            values = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+            names = [name for name, _ in layer.named_parameters()]
+            values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+            inputs = (x, *values)
 
             def call(x, *given):
-                return torch.func.functional_call(layer, dict(zip(values, given)), (x,))
+                return torch.func.functional_call(layer, dict(zip(names, given)), (x,))
 
-            with self.subTest(layer, fast=fast), everywhere_spectral() if fast else contextlib.nullcontext():
-                self.assertTrue(torch.autograd.gradcheck(call, (x, *values.values()), check_forward_ad=True))
-                self.assertTrue(torch.autograd.gradgradcheck(call, (x, *values.values())))
+            with self.subTest(layer), everywhere_spectral():
+                torch.autograd.gradcheck(call, inputs, check_forward_ad=True, fast_mode=True)
+                torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
                 batch = torch.stack([x.detach(), 2 * x.detach()])
                 self.assertClose(torch.vmap(layer)(batch)[1], layer(batch[1]))
                 if values:
-                    stacked = [torch.stack([v.detach(), 2 * v.detach()]) for v in values.values()]
-                    result = torch.vmap(call, in_dims=(None, *[0] * len(stacked)))(x.detach(), *stacked)
-                    self.assertClose(result[1], call(x.detach(), *[v[1] for v in stacked]))
+                    stacked = [torch.stack([v.detach(), 2 * v.detach()]) for v in values]
+                    mapped = torch.vmap(partial(call, x.detach()))(*stacked)
+                    self.assertClose(mapped[1], call(x.detach(), *[v[1] for v in stacked]))
 
-    def test_bfloat16(self):
-        layer = MobiusConv((0, 0, 16), (8, 8, 8), 5)
-        x = features((0, 0, 16), 14, 14, n=16, dtype=torch.float32)
-        exact = plain_conv(layer, x)
-        with torch.autocast("cpu", torch.bfloat16), mock.patch("spectral.steerable_conv", wraps=spectral.steerable_conv) as fast:
-            y = layer(channels_last(x))
-        self.assertEqual((y.dtype, fast.call_count), (torch.bfloat16, 1))
-        plain_error = (plain_conv(layer.bfloat16(), x.bfloat16()) - exact).norm()
-        self.assertLess((y - exact).norm(), 3 * plain_error)
+    def test_compile_and_export(self):
+        """Through all twins' layers at once: one graph, and the formula in it."""
+        fields = (1, 1, 1)
+        model = randomized(nn.Sequential(
+            MobiusConv(fields, fields, 3), EquivNonlin(fields), PolyphasePool(fields),
+            MobiusPool(fields), MobiusConvNaive(4, 4, 3),
+        ))
+        x = channels_last(features(fields, 8, 8, dtype=torch.float32)).requires_grad_()
+        inputs = [x, *model.parameters()]
+        torch.compiler.reset()
+        with everywhere_spectral():
+            with counted() as counts:
+                y = model(x)
+            self.assertEqual(set(counts), set(TWINS) - {"pad_columns"})
+            with counted() as counts:
+                compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+                with torch.no_grad():
+                    exported = torch.export.export(model, (x.detach(),)).module()(x)
+            self.assertEqual(counts, {})
+        grad = torch.randn_like(y)
+        self.assertSame([exported, compiled, *torch.autograd.grad(compiled, inputs, grad)],
+                        [y, y, *torch.autograd.grad(y, inputs, grad)], 1e-4)
 
-    def test_what_is_computed_how(self):
-        """By the plain formula, where the other one does not pay; either way the memory format is that of the input."""
-        def ways(x, layer, **kwargs):
-            with mock.patch("spectral.steerable_conv", wraps=spectral.steerable_conv) as fast:
-                y = layer(x)
-            self.assertEqual(y.is_contiguous(memory_format=torch.channels_last), x.is_contiguous(memory_format=torch.channels_last))
-            return fast.call_count
+    def test_disabled(self):
+        """No twin is called, and whole models give the same numbers and gradients."""
+        called = collections.Counter()
+        images = torch.zeros(16, 1, 6, 8, dtype=DOUBLE)
+        images[:, :, 1:5, 3:7] = torch.rand(16, 1, 4, 4, dtype=DOUBLE).round()
+        for name, pooling in itertools.product(MODELS, ("fixed", "polyphase")):
+            model = build_model(name, pooling=pooling, dtype=DOUBLE).eval()
+            with torch.no_grad():
+                for key, parameter in model.named_parameters():
+                    if "bias" in key:
+                        parameter.normal_(std=0.1)
+            with self.subTest(name, pooling=pooling):
+                results = []
+                for disabled in (False, True):
+                    formulas = fast.disabled() if disabled else contextlib.nullcontext()
+                    with formulas, counted() as counts:
+                        logits = model(images)
+                        loss = logits.square().sum()
+                        gradients = torch.autograd.grad(loss, list(model.parameters()))
+                        with torch.no_grad():
+                            results.append([logits, *gradients, model(images)])
+                    if disabled:
+                        self.assertEqual(counts, {})
+                    called += counts
+                self.assertSame(*results, TOLERANCE)
+        self.assertEqual(set(called), set(TWINS))
 
-        big, x = MobiusConv((0, 0, 16), (0, 0, 16), 5), channels_last(torch.randn(16, 32, 14, 14))
-        self.assertEqual(ways(x, big), 1)
-        self.assertEqual(ways(x.contiguous(), big), 0)
-        self.assertEqual(ways(x[:8], big), 0)
-        self.assertEqual(ways(x, MobiusConv((0, 0, 16), (0, 0, 8), 5)), 0)
-        self.assertEqual(ways(x, MobiusConv((0, 0, 16), (0, 0, 16), 3)), 0)
-        self.assertEqual(ways(channels_last(torch.randn(16, 32, 300, 4)), big), 0)
-        with mock.patch("spectral.steerable_conv", wraps=spectral.steerable_conv) as fast:
-            build_model("mobius_regular")(torch.rand(16, 1, 28, 28))
-            self.assertEqual(fast.call_count, 4)
-        with mock.patch("spectral.conventional_conv", wraps=spectral.conventional_conv) as fast:
-            build_model("cnn_same_channels")(torch.rand(16, 1, 28, 28))
-            self.assertEqual(fast.call_count, 4)
+    def test_single_precision(self):
+        """Of whole models in evaluation; rounding decides signs, so only of those without any."""
+        images = torch.rand(16, 1, 12, 12)
+        for name in itertools.filterfalse(has_sign_flip_fields, MODELS):
+            model = build_model(name).eval()
+            with torch.no_grad(), counted() as counts:
+                logits = model(images)
+                self.assertGreater(sum(counts.values()), 4)
+                with fast.disabled():
+                    self.assertSame([logits], [model(images)], 1e-4)
 
-    def test_wrong_dtypes_are_refused_either_way(self):
-        layer = MobiusConv((0, 0, 16), (0, 0, 16), 5)
-        for x in (torch.randn(16, 32, 7, 7), channels_last(torch.randn(16, 32, 7, 7))):
-            with self.assertRaises(RuntimeError):
-                layer(x.double())
+    def test_models_where_something_looks_inside(self):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.utils.flop_counter import FlopCounterMode
+
+        model, images = build_model("mobius_mixed").eval(), torch.rand(16, 1, 12, 12)
+        with counted() as counts, torch.no_grad():
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+                model(fake.from_tensor(images))
+            with FlopCounterMode(display=False) as counter:
+                model(images)
+            batch = torch.vmap(model)(images[:, None])[:, 0]
+            meta = copy.deepcopy(model).to("meta")(images.to("meta"))
+        self.assertEqual((counts, meta.is_meta), ({}, True))
+        self.assertGreater(counter.get_total_flops(), 16 * 2 * 20e6)
+        self.assertClose(batch, model(images), tolerance=1e-4)
 
     def test_results_do_not_share_memory(self):
-        """The workspace is used again by each call, also in other threads and after inference mode."""
-        layer = MobiusConv((0, 0, 1), (0, 0, 1), 3, dtype=DOUBLE)
-        inputs = [channels_last(features((0, 0, 1), 6, 5, n=n)) for n in (2, 5, 3, 2)]
-        expected = [plain_conv(layer, x) for x in inputs]
-        with everywhere_spectral():
-            with torch.inference_mode():
-                layer(inputs[1])
-            outputs = [layer(x) for x in inputs]
-            for y, z in zip(outputs, expected):
-                self.assertClose(y, z)
-            torch.stack([y.square().sum() for y in outputs]).sum().backward()
-            results = {}
-
-            def work(i):
-                results[i] = [layer(inputs[i]) for _ in range(20)]
-
-            threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            for i, ys in results.items():
-                for y in ys:
-                    self.assertClose(y, expected[i])
-
-    def test_equivariance_in_the_fourier_basis(self):
-        for in_fields, out_fields in itertools.product(FIELDS[:3] + FIELDS[-1:], repeat=2):
-            layer = randomized(MobiusConv(in_fields, out_fields, 3, dtype=DOUBLE))
+        """Neither with each other nor with the input, in inference mode and in other threads."""
+        fields = (1, 1, 1)
+        layers = [
+            MobiusConv(fields, fields, 3, dtype=DOUBLE), MobiusConvNaive(4, 4, 3, dtype=DOUBLE),
+            MobiusConv(fields, fields, 1, dtype=DOUBLE), EquivNonlin(fields, dtype=DOUBLE),
+            MobiusPool(fields), PolyphasePool(fields), lambda x: transport_pad(x, 0, fields),
+        ]
+        for layer in layers:
+            inputs = [channels_last(features(fields, 6, 4, n=n)) for n in (2, 5, 3, 2)]
+            before = copy.deepcopy(inputs)
+            with fast.disabled():
+                expected = [layer(x) for x in inputs]
             with everywhere_spectral():
-                self.assertIsometryEquivariant(lambda x: layer(channels_last(x)), in_fields, out_fields, 5, 4)
-        naive = MobiusConvNaive(2, 2, 3, dtype=DOUBLE)
-        x = features((2, 0, 0), 5, 4)
-        with everywhere_spectral():
-            self.assertNotClose(naive(channels_last(isometry_action(x, 1, (2, 0, 0)))), isometry_action(naive(channels_last(x)), 1, (2, 0, 0)))
+                with torch.inference_mode():
+                    layer(inputs[1])
+                outputs = [layer(x) for x in inputs]
+                pointers = {tensor.data_ptr() for tensor in inputs + outputs}
+                self.assertEqual(len(pointers), len(inputs + outputs), layer)
+                self.assertSame(outputs, expected, TOLERANCE)
+                if outputs[0].requires_grad:
+                    torch.stack([y.square().sum() for y in outputs]).sum().backward()
+                results = {}
 
-    def test_planar_fields(self):
-        """The same layers with the channels in another order."""
-        for fields in FIELDS:
-            planar, x = PlanarFields(*fields), features(fields, 6, 5)
-            order = arrange_channels(torch.arange(channels(fields)).view(1, -1), planar).flatten()
-            back = adjacent_channels(order.view(1, -1), planar).flatten()
-            self.assertEqual(back.tolist(), list(range(channels(fields))))
-            for shift in (1, 7):
-                self.assertClose(isometry_action(x[:, order], shift, planar), isometry_action(x, shift, fields)[:, order])
-            self.assertClose(gauge_transform(x[:, order], planar), gauge_transform(x, fields)[:, order])
-            conv = randomized(MobiusConv(fields, fields, 3, dtype=DOUBLE))
-            pool, twin = MobiusPool(fields), MobiusConv(planar, planar, 3, dtype=DOUBLE)
-            twin.load_state_dict(conv.state_dict())
-            self.assertClose(twin(x[:, order]), conv(x)[:, order])
-            self.assertClose(MobiusPool(planar)(x[:, order]), pool(x)[:, order])
+                def work(i):
+                    with torch.set_grad_enabled(i % 2 == 0):
+                        results[i] = [layer(inputs[i]) for _ in range(5)]
+
+                threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                for i in range(4):
+                    self.assertSame(results[i], [expected[i]] * 5, TOLERANCE)
+            self.assertTrue(all(map(torch.equal, inputs, before)))
 
 
-class TestKeptKernels(Case):
-    """Without gradients a kernel is expanded once, and never used after a parameter has changed."""
+class TestKeptKernels(FastCase):
+    """While no gradient is recorded, a kernel is expanded once and never used for other parameters."""
+
+    FIELDS = (1, 1, 1)
 
     def setUp(self):
-        self.layers = [
-            (MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE), channels_last(features((1, 1, 1), 5, 6))),
-            (MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE), features((1, 1, 1), 5, 6)),
-        ]
+        x = features(self.FIELDS, 5, 6)
+        self.inputs = [channels_last(x), x]  # of the twin and of the formula
+        spectral = everywhere_spectral()
+        spectral.start()
+        self.addCleanup(spectral.stop)
+
+    def layer(self):
+        return randomized(MobiusConv(self.FIELDS, self.FIELDS, 3, dtype=DOUBLE))
 
     @contextlib.contextmanager
     def counted(self):
-        with mock.patch.object(MobiusConv, "_first_rows", autospec=True, side_effect=MobiusConv._first_rows) as rows:
-            with everywhere_spectral():
-                yield rows
+        """Count how often kernels are expanded and spectra computed."""
+        expand_kernel, spectrum = MobiusConv.expand_kernel, fast.spectral.spectrum
+        kernels = mock.Mock(side_effect=expand_kernel)
+        spectra = mock.Mock(side_effect=spectrum)
+        with mock.patch.object(MobiusConv, "expand_kernel", lambda layer: kernels(layer)):
+            with mock.patch("fast.spectral.spectrum", spectra):
+                yield lambda: (kernels.call_count, spectra.call_count)
+
+    def formula(self, layer, x):
+        """Without anything kept."""
+        with fast.disabled():
+            return layer(x)
 
     def test_once(self):
-        for layer, x in self.layers:
-            randomized(layer)
-            with torch.no_grad(), self.counted() as rows:
-                first = [layer.eval()(x) for _ in range(3)][-1]
-                self.assertEqual(rows.call_count, 1)
-            with self.counted() as rows:
+        for i, x in enumerate(self.inputs):
+            layer = self.layer()
+            expected = self.formula(layer, x)
+            with torch.no_grad(), self.counted() as calls:
+                for _ in range(3):
+                    self.assertClose(layer(x), expected)
+                self.assertEqual(calls(), (1, i == 0))
+                kernel, bias = layer.expand()
+                self.assertIs(layer.expand()[0], kernel)
+                self.assertIs(fast.kept._KEPT[layer][1][0], kernel)
+                self.assertEqual(len(kernel.derived), i == 0)
+                self.assertFalse(kernel.requires_grad or bias.requires_grad)
+            with self.counted() as calls:
                 for _ in range(2):
-                    self.assertClose(layer(x), first)
-                self.assertEqual(rows.call_count, 2)  # with gradients, each has its own
+                    self.assertClose(layer(x), expected)
+                self.assertEqual(calls(), (2, 2 * (i == 0)))  # with gradients, each has its own
                 layer.requires_grad_(False)
-                layer(x)
-                self.assertEqual(rows.call_count, 2)
+                self.assertClose(layer(x), expected)
+                self.assertEqual(calls(), (2, 2 * (i == 0)))
+                layer.bias_triv.requires_grad_()
+                self.assertTrue(layer(x).requires_grad)
+                with fast.disabled(), torch.no_grad():
+                    layer(x)
+                    self.assertEqual(calls()[0], 4)
+
+    def test_no_bias(self):
+        layer = randomized(MobiusConv((1, 0, 0), (0, 2, 0), 3, dtype=DOUBLE))
+        x = channels_last(features((1, 0, 0), 5, 6))
+        with torch.no_grad(), self.counted() as calls:
+            for _ in range(2):
+                self.assertClose(layer(x), self.formula(layer, x))
+            self.assertEqual(calls(), (1 + 2, 1))
+            self.assertIsNone(layer.expand()[1])
 
     def test_never_stale(self):
         def load(layer):
-            layer.load_state_dict({name: torch.randn_like(value) for name, value in layer.state_dict().items()})
+            values = layer.state_dict().items()
+            layer.load_state_dict({name: torch.randn_like(value) for name, value in values})
 
         def optimize(layer):
             for p in layer.parameters():
@@ -348,84 +802,176 @@ class TestKeptKernels(Case):
         def swap_data(layer):
             layer.bias_triv.data = torch.randn_like(layer.bias_triv)
 
-        changes = (load, optimize, edit_in_place, edit_data, edit_bias_data, edit_by_numpy, replace, swap_data)
-        for (layer, x), change in itertools.product(self.layers, changes):
-            randomized(layer).eval()
-            with self.subTest(change.__name__), everywhere_spectral(), torch.no_grad():
+        def reset(layer):
+            layer.reset_parameters()
+
+        changes = (
+            load, optimize, edit_in_place, edit_data, edit_bias_data, edit_by_numpy, replace, swap_data,
+            reset,
+        )
+        for x, change in itertools.product(self.inputs, changes):
+            layer = self.layer()
+            with self.subTest(change.__name__), torch.no_grad():
                 before = layer(x)
                 change(layer)
                 self.assertNotClose(layer(x), before)
-                self.assertClose(layer(x), plain_conv(layer, x))
+                self.assertClose(layer(x), self.formula(layer, x))
+
+    def test_each_parameter(self):
+        layer, x = self.layer(), self.inputs[0]
+        for name in layer.state_dict():
+            with self.subTest(name), torch.no_grad():
+                before = layer(x)
+                getattr(layer, name).data.add_(1)
+                self.assertNotClose(layer(x), before)
+                self.assertClose(layer(x), self.formula(layer, x))
+
+    def test_training_steps_between_evaluations(self):
+        layer, x = self.layer(), self.inputs[0]
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+        for _ in range(3):
+            with torch.inference_mode():
+                before = layer.eval()(x)
+                self.assertClose(before, self.formula(layer, x))
+            optimizer.zero_grad()
+            layer.train()(x).square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                self.assertNotClose(layer(x), before.clone())
+                self.assertClose(layer(x), self.formula(layer, x))
 
     def test_to(self):
-        for layer, x in self.layers:
-            randomized(layer).eval()
-            with everywhere_spectral(), torch.no_grad():
+        for x in self.inputs:
+            layer = self.layer()
+            with torch.no_grad():
                 y = layer(x)
                 single = layer.to(torch.float32)(x.float())
                 self.assertEqual(single.dtype, torch.float32)
                 self.assertClose(single.double(), y, tolerance=1e-4)
-                self.assertTrue(layer.to("meta")(x.float().to("meta")).is_meta)
+                self.assertEqual(layer.to(torch.bfloat16)(x.bfloat16()).dtype, torch.bfloat16)
+                self.assertTrue(layer.to("meta")(x.bfloat16().to("meta")).is_meta)
+
+    def test_to_and_back(self):
+        """The same values in another dtype are another kernel."""
+        layer, x = self.layer(), self.inputs[0]
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(parameter.float())
+            y = layer(x)
+            layer.float()(x.float())
+            self.assertClose(layer.double()(x), y)
+
+    def test_under_autocast_and_without(self):
+        layer, x = self.layer().float(), self.inputs[0].float()
+        with torch.no_grad():
+            for dtype in (torch.float32, torch.bfloat16, torch.float32):
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    y = layer(x)
+                self.assertEqual(y.dtype, dtype)
+                expected = self.formula(layer, x)
+                self.assertSame([y.float()], [expected], 1e-4 if dtype == torch.float32 else 0.05)
 
     def test_inference_mode(self):
-        for layer, x in self.layers:
-            layer.requires_grad_(False)
-            with everywhere_spectral():
-                with torch.inference_mode():
+        """What is computed in inference mode takes part in autograd later."""
+        for x, frozen in itertools.product(self.inputs, (True, False)):
+            layer = self.layer().requires_grad_(not frozen)
+            with torch.inference_mode():
+                for _ in range(2):
                     y = layer(x)
-                    y = layer(x)
-                x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            with self.counted() as calls:
                 z = layer(x)
-                z.sum().backward()
-            self.assertClose(z, y)
+                self.assertEqual(calls()[0], not frozen)
+            self.assertClose(z, y.clone())
+            for create_graph in (True, False):
+                (grad,) = torch.autograd.grad(z.square().sum(), x, create_graph=create_graph)
+                expected = torch.autograd.grad(self.formula(layer, x).square().sum(), x)
+                self.assertSame([grad], expected, TOLERANCE)
 
     def test_what_is_no_parameter(self):
-        """What a kernel is made of can be computed itself, or be put in the place of a parameter."""
-        layer, x = self.layers[0]
-        with everywhere_spectral(), torch.no_grad():
-            layer.eval()(x)
+        """Parametrizations, pruning, and functional_call: other tensors in a parameter's place."""
+        x = self.inputs[0]
+        with torch.no_grad():
+            layer = self.layer()
+            layer(x)
             torch.nn.utils.parametrizations.weight_norm(layer, "weights_reg2sign")
             layer(x)
+            before = layer(x)
             layer.parametrizations.weights_reg2sign.original0.mul_(2)
-            self.assertClose(layer(x), plain_conv(layer, x))
-            layer = randomized(MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE)).eval()
+            self.assertNotClose(layer(x), before)
+            self.assertClose(layer(x), self.formula(layer, x))
+            layer = self.layer()
+            before = layer(x)
             for _ in range(2):
                 torch.nn.utils.prune.random_unstructured(layer, "weights_reg2reg", 0.5)
-                self.assertClose(layer(x), plain_conv(layer, x))
-            layer = randomized(MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE)).eval()
-            layer(x)
+                self.assertNotClose(layer(x), before)
+                self.assertClose(layer(x), self.formula(layer, x))
+            layer = self.layer()
+            before = layer(x)
             other = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
             twin = copy.deepcopy(layer)
             twin.load_state_dict(other)
-            self.assertClose(torch.func.functional_call(layer, other, (x,)), plain_conv(twin, x))
+            called = torch.func.functional_call(layer, other, (x,))
+            self.assertClose(called, self.formula(twin, x))
+            self.assertClose(layer(x), before)
 
-    def test_conventional_layer(self):
-        layer, x = MobiusConvNaive(2, 3, 3, dtype=DOUBLE), channels_last(features((2, 0, 0), 5, 4))
-        with everywhere_spectral(), torch.no_grad(), mock.patch("spectral.conventional_spectrum", wraps=spectral.conventional_spectrum) as made:
-            layer(x)
-            layer(x)
-            self.assertEqual(made.call_count, 1)
-            layer.bias.data.add_(1)
-            self.assertClose(layer(x), F.conv2d(MobiusPadNaive(3)(x), layer.weight, layer.bias))
-            self.assertEqual(made.call_count, 2)
+    def test_vmap_over_parameters(self):
+        layer, x = self.layer(), self.inputs[0]
+        names, values = zip(*((name, p.detach()) for name, p in layer.named_parameters()))
+
+        def call(*values):
+            return torch.func.functional_call(layer, dict(zip(names, values)), (x,))
+
+        with torch.no_grad():
+            before = layer(x)
+            stacked = [torch.stack([value, 2 * value]) for value in values]
+            self.assertClose(torch.vmap(call)(*stacked), torch.stack([before, 2 * before]))
+            self.assertClose(layer(x), before)
 
     def test_other_widths(self):
-        layer = randomized(MobiusConv((0, 0, 1), (0, 0, 1), 3, dtype=DOUBLE)).eval()
-        with everywhere_spectral(), torch.no_grad():
+        layer = randomized(MobiusConv((0, 0, 1), (0, 0, 1), 3, dtype=DOUBLE))
+        seen = set()
+        with torch.no_grad():
             for width in (*range(1, 12), 3, 1):
                 x = channels_last(features((0, 0, 1), width, 4))
-                self.assertClose(layer(x), plain_conv(layer, x))
-        self.assertLessEqual(len(layer._kept[1]), 8)
+                with self.counted() as calls:
+                    y = layer(x)
+                self.assertEqual(calls(), (not seen, width not in seen))
+                self.assertClose(y, self.formula(layer, x))
+                seen.add(width)
 
     def test_copies_and_files(self):
-        for layer, x in self.layers:
-            fresh = io.BytesIO()
+        for x in self.inputs:
+            layer, fresh, used = self.layer(), io.BytesIO(), io.BytesIO()
             torch.save(layer, fresh)
-            with everywhere_spectral(), torch.no_grad():
-                layer.eval()(x)
-                used = io.BytesIO()
-                torch.save(layer.train(), used)
+            with torch.no_grad():
+                before = layer(x)
+                torch.save(layer, used)
                 self.assertEqual(used.getbuffer().nbytes, fresh.getbuffer().nbytes)
-                twin = copy.deepcopy(layer)
+                used.seek(0)
+                loaded = torch.load(used, weights_only=False)
+                twins = [copy.deepcopy(layer), copy.copy(layer), loaded]
+                for twin in twins:
+                    self.assertNotIn(twin, fast.kept._KEPT)
+                    with self.counted() as calls:
+                        self.assertClose(twin(x), before)
+                        self.assertEqual(calls()[0], 1)
+                del twins[1]  # it has the same parameters
                 randomized(layer)
-                self.assertNotClose(twin(x), layer(x))
+                self.assertNotClose(layer(x), before)
+                for twin in twins:
+                    self.assertClose(twin(x), before)
+                    randomized(twin)
+                    self.assertClose(twin(x), self.formula(twin, x))
+                self.assertClose(layer(x), self.formula(layer, x))
+
+    def test_forgotten_with_its_layer(self):
+        gc.collect()
+        before = len(fast.kept._KEPT)
+        layer = self.layer()
+        with torch.no_grad():
+            layer(self.inputs[0])
+        self.assertEqual(len(fast.kept._KEPT), before + 1)
+        del layer
+        gc.collect()
+        self.assertEqual(len(fast.kept._KEPT), before)

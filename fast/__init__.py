@@ -1,0 +1,26 @@
+"""The same numbers in less time on a CPU.
+
+The formulas of the layers stand in `nn_layers.py` and `polyphase.py`; a function in here, its *twin*, computes the same:
+
+    @accelerated(by=fast.pad_columns)
+    def pad_columns(x, pad, fields): ...        # the formula
+
+dispatch.py     when a twin stands in
+elementwise.py  twins of padding, nonlinearity and pooling: fewer passes over memory
+spectral.py     twin of the convolution, in a Fourier basis
+kept.py         kernels that are expanded once in evaluation
+memory.py       the memory format, and memory that glibc keeps
+
+``with fast.disabled():`` computes by the formulas alone.
+"""
+
+from fast.dispatch import TWINS, accelerated, disabled
+from fast.elementwise import better_grid, equiv_elu, max_pool, pad_columns, shift_back
+from fast.kept import kept_without_gradients
+from fast.memory import channels_last, keep_freed_memory
+from fast.spectral import naive_conv, strip_conv
+
+__all__ = [
+    "TWINS", "accelerated", "better_grid", "channels_last", "disabled", "equiv_elu", "keep_freed_memory",
+    "kept_without_gradients", "max_pool", "naive_conv", "pad_columns", "shift_back", "strip_conv",
+]

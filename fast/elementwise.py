@@ -1,0 +1,191 @@
+"""Twins of padding, nonlinearity and pooling: the same numbers with fewer passes over memory."""
+
+import math
+from functools import partial
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from fast.dispatch import gradient_of_linear, gradients, needs_formula
+from fields import Fields, cross_cut, largest_magnitude, sign_beyond_rounding
+
+
+def sign_channels(x: Tensor, fields: Fields) -> Tensor:
+    """View of the channels of the sign-flip fields."""
+    return x.narrow(1, fields.triv, fields.sign)
+
+
+# --------------------------------------------------------------------------------------------------
+# Transport padding
+
+
+def pad_columns(formula: Callable, x: Tensor, pad: int, fields: Fields) -> Tensor:
+    return _PadColumns.apply(x, partial(formula, pad=pad, fields=fields), pad, fields) if pad else x
+
+
+class _PadColumns(Function):
+    """Autograd's own gradient would fill three feature maps with zeros, to add them up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, formula: Callable, pad: int, fields: Fields) -> Tensor:
+        ctx.formula, ctx.pad, ctx.fields, ctx.shape = formula, pad, fields, x.shape
+        return formula(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if needs_formula(grad):
+            return gradient_of_linear(ctx.formula, ctx.shape, grad), None, None, None
+        pad, fields, length = ctx.pad, ctx.fields, ctx.shape[3]
+        # Columns beside the strip are added where they came from; rho(s) is its own transpose.
+        inner = grad.narrow(3, pad, length).clone()
+        inner.narrow(3, length - pad, pad).add_(cross_cut(grad.narrow(3, 0, pad), fields))
+        inner.narrow(3, 0, pad).add_(cross_cut(grad.narrow(3, pad + length, pad), fields))
+        return inner, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------
+# Nonlinearity
+
+
+def equiv_elu(formula: Callable, x: Tensor, b: Tensor, fields: Fields) -> Tensor:
+    return _EquivELU.apply(x, b, partial(formula, fields=fields), fields)
+
+
+class _EquivELU(Function):
+    """Keeps its input only. ELU is computed everywhere and replaced in sign-flip fields: whole feature maps are read
+    faster than some of their channels."""
+
+    @staticmethod
+    def _parts(b: Tensor, fields: Fields, *tensors: Tensor):
+        """b for each pixel, and the sign-flip channels of an eighth of the batch at a time: intermediate results stay
+        in the cache."""
+        x = sign_channels(tensors[0], fields)
+        bias = torch.empty_like(x[:1]).copy_(b)  # broadcasting b alone takes 5 times as long in bfloat16
+        size = max(1, math.ceil(len(x) / 8))
+        return bias, zip(*(sign_channels(x, fields).split(size) for x in tensors))
+
+    @staticmethod
+    def forward(ctx, x: Tensor, b: Tensor, formula: Callable, fields: Fields) -> Tensor:
+        ctx.formula, ctx.fields = formula, fields
+        y = torch.empty_like(x) if fields.sign == fields.channels else F.elu(x)
+        bias, parts = _EquivELU._parts(b, fields, x, y)
+        scales = []
+        for x_sign, y_sign in parts:
+            magnitude = x_sign.abs()
+            scales.append(largest_magnitude(magnitude))
+            sign = sign_beyond_rounding(x_sign, scales[-1])
+            torch.mul(F.elu_(magnitude.add_(bias)), sign, out=y_sign)
+        ctx.save_for_backward(x, b, *scales)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, b, *scales = ctx.saved_tensors
+        if needs_formula(grad):
+            return *gradients(ctx.formula, (x, b), ctx.needs_input_grad[:2], grad), None, None
+        only_sign = ctx.fields.sign == ctx.fields.channels
+        grad_x = torch.empty_like(x) if only_sign else torch.ops.aten.elu_backward(grad, 1, 1, 1, False, x)
+        grad_b = torch.zeros_like(b)
+        bias, parts = _EquivELU._parts(b, ctx.fields, x, grad, grad_x)
+        for (x_sign, grad_sign, grad_x_sign), scale in zip(parts, scales):
+            sign = sign_beyond_rounding(x_sign, scale)
+            slope = x_sign.abs().add_(bias).clamp_(max=0).exp_()  # ELU'(a) = exp(min(a, 0))
+            slope.mul_(sign).mul_(grad_sign)
+            grad_b += slope.sum(dim=(0, 2, 3), keepdim=True, dtype=b.dtype)
+            torch.mul(slope, sign, out=grad_x_sign)
+        return grad_x, grad_b, None, None
+
+
+# --------------------------------------------------------------------------------------------------
+# Pooling
+
+
+def max_pool(formula: Callable, x: Tensor, fields: Fields, padding: tuple[int, int], ceil_mode: bool) -> Tensor:
+    if not fields.sign:
+        return NotImplemented
+    return _MaxPool.apply(x, fields, padding, ceil_mode)
+
+
+class _MaxPool(Function):
+    """Keeps the index of the entry that won each window. As in `_EquivELU`, sign-flip fields are replaced."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, fields: Fields, padding: tuple[int, int], ceil_mode: bool) -> Tensor:
+        pool = partial(F.max_pool2d, kernel_size=2, padding=padding, ceil_mode=ceil_mode, return_indices=True)
+        y, index = pool(x)
+        negated_smallest, at_smallest = pool(-sign_channels(x, fields))
+        y_sign, index_sign = sign_channels(y, fields), sign_channels(index, fields)
+        # index = at_smallest where the smallest entry wins; arithmetic is several times faster than where()
+        index_sign += at_smallest.sub_(index_sign).mul_((y_sign - negated_smallest).signbit())
+        magnitude = torch.maximum(y_sign, negated_smallest)
+        sign = sign_beyond_rounding(y_sign - negated_smallest, largest_magnitude(magnitude))
+        torch.mul(magnitude, sign, out=y_sign)
+        ctx.save_for_backward(index, sign.square_())
+        ctx.fields, ctx.alignment, ctx.shape = fields, ((2, 2), padding, (1, 1), ceil_mode), x.shape
+        ctx.memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        index, is_not_zero = ctx.saved_tensors
+        grad = grad.clone()
+        sign_channels(grad, ctx.fields).mul_(is_not_zero)
+        # Only the shape and the format of the input are read.
+        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
+        grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, (2, 2), *ctx.alignment, index)
+        return grad, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------
+# Polyphase pooling
+
+
+def better_grid(formula: Callable, x: Tensor, fields: Fields) -> Tensor:
+    """The windows of both grids at once, by three comparisons of whole feature maps."""
+    if x.shape[2] % 2:
+        return NotImplemented
+    x = torch.cat([x, cross_cut(x.narrow(3, 0, 1), fields)], dim=3)
+
+    def of_windows(larger: Callable, x: Tensor) -> Tensor:
+        rows = larger(x[:, :, 0::2], x[:, :, 1::2])
+        return larger(rows[..., :-1], rows[..., 1:])
+
+    windows = of_windows(torch.maximum, x)
+    if fields.sign:
+        largest = sign_channels(windows, fields)
+        smallest = of_windows(torch.minimum, sign_channels(x, fields))
+        magnitude = torch.maximum(largest, -smallest)
+        sign = sign_beyond_rounding(largest + smallest, largest_magnitude(magnitude))
+        torch.mul(magnitude, sign, out=largest)
+    # In two steps: a sum of many squares one by one would round more.
+    pixels = torch.linalg.vector_norm(windows, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    even, odd = (torch.linalg.vector_norm(pixels[..., p::2], dim=(1, 2)) for p in (0, 1))
+    return odd > even
+
+
+def shift_back(formula: Callable, x: Tensor, p: Tensor, fields: Fields) -> Tensor:
+    return _ShiftBack.apply(x, p, partial(formula, p=p, fields=fields), fields)
+
+
+class _ShiftBack(Function):
+    """Reads and writes no more samples than are shifted."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: Tensor, formula: Callable, fields: Fields) -> Tensor:
+        ctx.save_for_backward(p)
+        ctx.formula, ctx.fields, ctx.shape = formula, fields, x.shape
+        y, some = x.clone(), x[p]
+        y[p] = torch.cat([some[..., 1:], cross_cut(some[..., :1], fields)], dim=3)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if needs_formula(grad):
+            return gradient_of_linear(ctx.formula, ctx.shape, grad), None, None, None
+        (p,) = ctx.saved_tensors
+        grad_x, some = grad.clone(), grad[p]
+        grad_x[p] = torch.cat([cross_cut(some[..., -1:], ctx.fields), some[..., :-1]], dim=3)
+        return grad_x, None, None, None
