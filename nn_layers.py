@@ -354,9 +354,9 @@ def as_sign_eps(sign_eps, fields: Fields) -> float:
 
 
 @accelerated(by=fast.max_pool)
-def max_pool(x: Tensor, fields: Fields, padding: tuple[int, int], ceil_mode: bool) -> Tensor:
+def max_pool(x: Tensor, fields: Fields, stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool) -> Tensor:
     """The maximum of each 2 x 2 window; of sign-flip fields the entry of largest magnitude, with its sign."""
-    window_max = partial(F.max_pool2d, kernel_size=2, padding=padding, ceil_mode=ceil_mode)
+    window_max = partial(F.max_pool2d, kernel_size=2, stride=stride, padding=padding, ceil_mode=ceil_mode)
 
     def window_extremum(x: Tensor) -> Tensor:
         largest, smallest = window_max(x), -window_max(-x)
@@ -366,14 +366,18 @@ def max_pool(x: Tensor, fields: Fields, padding: tuple[int, int], ceil_mode: boo
     return map_pointwise(x, fields, window_max, window_extremum)
 
 
-def strip_pool(x: Tensor, fields: Fields) -> Tensor:
-    """2 x 2 pooling with stride 2 on the strip: ``(N, C, W, L)`` to ``(N, C, ceil(W / 2), ceil(L / 2))``."""
-    if x.shape[3] % 2:
+def strip_pool(x: Tensor, fields: Fields, step: int = 2) -> Tensor:
+    """2 x 2 pooling on the strip, in windows that begin at every `step`-th column.
+
+    ``(N, C, W, L)`` to ``(N, C, ceil(W / 2), ceil(L / step))``.
+    """
+    stride = (2, step)
+    if step == 1 or x.shape[3] % 2:  # the last window continues across the cut
         x = torch.cat([x, cross_cut(x.narrow(3, 0, 1), fields)], dim=3)
     if x.shape[2] % 2 == 0:
-        return max_pool(x, fields, (0, 0), False)
+        return max_pool(x, fields, stride, (0, 0), False)
     # The padding of max_pool2d is -inf and never wins. Halved before they are added, the two cannot overflow.
-    top, bottom = max_pool(x, fields, (0, 0), True), max_pool(x, fields, (1, 0), False)
+    top, bottom = max_pool(x, fields, stride, (0, 0), True), max_pool(x, fields, stride, (1, 0), False)
     return top / 2 + bottom / 2
 
 

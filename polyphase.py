@@ -14,32 +14,23 @@ from torch import Tensor
 
 import fast
 from fast import accelerated
-from fields import Fields, cross_cut
+from fields import Fields
 from nn_layers import MobiusPool, strip_pool
 
 
-def one_column_back(x: Tensor, fields: Fields) -> Tensor:
-    """The isometry action by a shift of -1."""
-    return torch.cat([x.narrow(3, 1, x.shape[3] - 1), cross_cut(x.narrow(3, 0, 1), fields)], dim=3)
-
-
-@accelerated(by=fast.better_grid)
-def better_grid(x: Tensor, fields: Fields) -> Tensor:
-    """p of each sample as a boolean ``(N,)``: whether the fields pooled from the odd columns on have the larger norm."""
-    even, odd = strip_pool(x, fields), strip_pool(one_column_back(x, fields), fields)
-    return norm(odd) > norm(even)
+@accelerated(by=fast.polyphase_pool)
+def polyphase_pool(x: Tensor, fields: Fields) -> Tensor:
+    """2 x 2 pooling with stride 2, of each sample on the grid that gives the larger norm."""
+    windows = strip_pool(x, fields, step=1)
+    even, odd = windows[..., 0::2], windows[..., 1::2]
+    p = norm(odd) > norm(even)
+    return torch.where(p[:, None, None, None], odd, even)
 
 
 def norm(x: Tensor) -> Tensor:
     """Of each sample, ``(N,)``, in float32 at least. In two steps: a long sum one by one would round more."""
     pixels = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.linalg.vector_norm(pixels, dim=(1, 2))
-
-
-@accelerated(by=fast.shift_back)
-def shift_back(x: Tensor, p: Tensor, fields: Fields) -> Tensor:
-    """Each sample shifted by -p."""
-    return torch.where(p[:, None, None, None], one_column_back(x, fields), x)
 
 
 class PolyphasePool(MobiusPool):
@@ -63,8 +54,7 @@ class PolyphasePool(MobiusPool):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        p = better_grid(x.detach(), self.in_fields)
-        return strip_pool(shift_back(x, p, self.in_fields), self.in_fields)
+        return polyphase_pool(x, self.in_fields)
 
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)

@@ -43,7 +43,7 @@ from nn_layers import (
     EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad, strip_pool,
     transport_pad,
 )
-from polyphase import PolyphasePool, better_grid, norm, one_column_back
+from polyphase import PolyphasePool, norm
 from tests.reference import (
     DOUBLE, FIELDS, KERNEL_SIZES, PARAMETERS, SIZES, TYPES, act, all_shifts, channels,
     features, on_blank_strip, randomized, randomized_norms, reference_cover, rho_matrix, rounded,
@@ -570,8 +570,13 @@ class TestPolyphasePool(Case):
     @staticmethod
     def norms(x, fields) -> tuple[torch.Tensor, torch.Tensor]:
         """Of what is pooled on the even and on the odd columns."""
-        fields = Fields(*fields)
-        return norm(strip_pool(x, fields)), norm(strip_pool(one_column_back(x, fields), fields))
+        windows = strip_pool(x, Fields(*fields), step=1)
+        return norm(windows[..., 0::2]), norm(windows[..., 1::2])
+
+    def phase(self, x, fields) -> torch.Tensor:
+        """p of each sample."""
+        even, odd = self.norms(x, fields)
+        return (odd > even).long()
 
     def untied(self, x, fields) -> torch.Tensor:
         """The samples of which one grid has the larger norm beyond rounding."""
@@ -581,7 +586,7 @@ class TestPolyphasePool(Case):
     def assertEquivariant(self, x, fields):
         """Under all isometries, as the docstring says, and under gauge transformations."""
         pool = PolyphasePool(fields)
-        y, p = pool(rounded(x)), better_grid(x, Fields(*fields)).long()
+        y, p = pool(rounded(x)), self.phase(x, fields)
         for shift in all_shifts(x.shape[3]):
             moved = rounded(isometry_action(x, shift, fields))
             after = (p + shift) % 2
@@ -616,9 +621,8 @@ class TestPolyphasePool(Case):
                 self.assertEquivariant(self.untied(make(fields, *size, n=8), fields), fields)
 
     def test_fixed_grid_is_not_equivariant(self):
-        with self.assertRaises(AssertionError):
-            with mock.patch("polyphase.better_grid", lambda x, fields: torch.zeros(len(x), dtype=torch.bool)):
-                self.assertEquivariant(features((1, 1, 1), 6, 8), (1, 1, 1))
+        with self.assertRaises(AssertionError), mock.patch(f"{__name__}.PolyphasePool", MobiusPool):
+            self.assertEquivariant(features((1, 1, 1), 6, 8), (1, 1, 1))
 
     def test_opposite_entries(self):
         """+a and -a in one window, equal but for rounding."""
@@ -631,14 +635,15 @@ class TestPolyphasePool(Case):
         for fields in FIELDS:
             x = self.sparse(fields)
             even, odd = self.norms(x, fields)
-            self.assertGreater((even == odd).sum(), 3)
-            self.assertFalse(better_grid(x, Fields(*fields))[even == odd].any())
+            tied = x[even == odd]
+            self.assertGreater(len(tied), 3)
+            self.assertClose(PolyphasePool(fields)(tied), MobiusPool(fields)(tied))
 
     def test_each_sample_on_its_own(self):
         fields = Fields(2, 1, 3)
         x, pool = features(fields, 6, 8, n=8), PolyphasePool(fields)
         x = torch.cat([x, isometry_action(x, 1, fields)])
-        self.assertEqual(better_grid(x, fields).sum(), 8)
+        self.assertEqual(self.phase(x, fields).sum(), 8)
         self.assertClose(pool(x), torch.cat([pool(sample) for sample in x.split(1)]))
 
     def test_bad_input(self):

@@ -15,12 +15,12 @@ memory.py       the memory format, and memory that glibc keeps
 """
 
 from fast.dispatch import TWINS, accelerated, disabled
-from fast.elementwise import better_grid, equiv_elu, max_pool, pad_columns, shift_back
+from fast.elementwise import equiv_elu, max_pool, pad_columns, polyphase_pool
 from fast.kept import kept_without_gradients
 from fast.memory import channels_last, keep_freed_memory
 from fast.spectral import naive_conv, strip_conv
 
 __all__ = [
-    "TWINS", "accelerated", "better_grid", "channels_last", "disabled", "equiv_elu", "keep_freed_memory",
-    "kept_without_gradients", "max_pool", "naive_conv", "pad_columns", "shift_back", "strip_conv",
+    "TWINS", "accelerated", "channels_last", "disabled", "equiv_elu", "keep_freed_memory",
+    "kept_without_gradients", "max_pool", "naive_conv", "pad_columns", "polyphase_pool", "strip_conv",
 ]

@@ -103,18 +103,24 @@ class _EquivELU(Function):
 # Pooling
 
 
-def max_pool(formula: Callable, x: Tensor, fields: Fields, padding: tuple[int, int], ceil_mode: bool) -> Tensor:
+def max_pool(
+    formula: Callable, x: Tensor, fields: Fields, stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool
+) -> Tensor:
     if not fields.sign:
         return NotImplemented
-    return _MaxPool.apply(x, fields, padding, ceil_mode)
+    return _MaxPool.apply(x, fields, stride, padding, ceil_mode)
 
 
 class _MaxPool(Function):
     """Keeps the index of the entry that won each window. As in `_EquivELU`, sign-flip fields are replaced."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, fields: Fields, padding: tuple[int, int], ceil_mode: bool) -> Tensor:
-        pool = partial(F.max_pool2d, kernel_size=2, padding=padding, ceil_mode=ceil_mode, return_indices=True)
+    def forward(
+        ctx, x: Tensor, fields: Fields, stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool
+    ) -> Tensor:
+        pool = partial(
+            F.max_pool2d, kernel_size=2, stride=stride, padding=padding, ceil_mode=ceil_mode, return_indices=True
+        )
         y, index = pool(x)
         negated_smallest, at_smallest = pool(-sign_channels(x, fields))
         y_sign, index_sign = sign_channels(y, fields), sign_channels(index, fields)
@@ -124,7 +130,7 @@ class _MaxPool(Function):
         sign = sign_beyond_rounding(y_sign - negated_smallest, largest_magnitude(magnitude))
         torch.mul(magnitude, sign, out=y_sign)
         ctx.save_for_backward(index, sign.square_())
-        ctx.fields, ctx.alignment, ctx.shape = fields, ((2, 2), padding, (1, 1), ceil_mode), x.shape
+        ctx.fields, ctx.alignment, ctx.shape = fields, (stride, padding, (1, 1), ceil_mode), x.shape
         ctx.memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
         return y
 
@@ -136,17 +142,27 @@ class _MaxPool(Function):
         # Only the shape and the format of the input are read.
         x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
         grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, (2, 2), *ctx.alignment, index)
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------
 # Polyphase pooling
 
 
-def better_grid(formula: Callable, x: Tensor, fields: Fields) -> Tensor:
-    """The windows of both grids at once, by three comparisons of whole feature maps."""
+def polyphase_pool(formula: Callable, x: Tensor, fields: Fields) -> Tensor:
+    """Where a gradient is recorded: choose, shift by -p, then pool. Otherwise both grids are there already."""
     if x.shape[2] % 2:
         return NotImplemented
+    even, odd = _both_grids(x.detach(), fields)
+    p = _norm(odd) > _norm(even)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return torch.where(p[:, None, None, None], odd, even)
+    x = _ShiftBack.apply(x, p, fields)
+    return _MaxPool.apply(x, fields, (2, 2), (0, 0), False) if fields.sign else F.max_pool2d(x, 2)
+
+
+def _both_grids(x: Tensor, fields: Fields) -> tuple[Tensor, Tensor]:
+    """Pooled in windows that begin at the even and at the odd columns, by comparisons of whole feature maps."""
     x = torch.cat([x, cross_cut(x.narrow(3, 0, 1), fields)], dim=3)
 
     def of_windows(larger: Callable, x: Tensor) -> Tensor:
@@ -160,32 +176,38 @@ def better_grid(formula: Callable, x: Tensor, fields: Fields) -> Tensor:
         magnitude = torch.maximum(largest, -smallest)
         sign = sign_beyond_rounding(largest + smallest, largest_magnitude(magnitude))
         torch.mul(magnitude, sign, out=largest)
-    # In two steps: a sum of many squares one by one would round more.
-    pixels = torch.linalg.vector_norm(windows, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-    even, odd = (torch.linalg.vector_norm(pixels[..., p::2], dim=(1, 2)) for p in (0, 1))
-    return odd > even
+    return windows[..., 0::2], windows[..., 1::2]
 
 
-def shift_back(formula: Callable, x: Tensor, p: Tensor, fields: Fields) -> Tensor:
-    return _ShiftBack.apply(x, p, partial(formula, p=p, fields=fields), fields)
+def _norm(x: Tensor) -> Tensor:
+    pixels = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.linalg.vector_norm(pixels, dim=(1, 2))
 
 
 class _ShiftBack(Function):
-    """Reads and writes no more samples than are shifted."""
+    """Each sample shifted by -p. Reads and writes no more samples than are shifted."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, p: Tensor, formula: Callable, fields: Fields) -> Tensor:
+    def forward(ctx, x: Tensor, p: Tensor, fields: Fields) -> Tensor:
         ctx.save_for_backward(p)
-        ctx.formula, ctx.fields, ctx.shape = formula, fields, x.shape
-        y, some = x.clone(), x[p]
-        y[p] = torch.cat([some[..., 1:], cross_cut(some[..., :1], fields)], dim=3)
+        ctx.fields, ctx.shape = fields, x.shape
+        y = x.clone()
+        y[p] = _one_column_back(x[p], fields)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        (p,), fields = ctx.saved_tensors, ctx.fields
         if needs_formula(grad):
-            return gradient_of_linear(ctx.formula, ctx.shape, grad), None, None, None
-        (p,) = ctx.saved_tensors
+            def formula(x: Tensor) -> Tensor:
+                return torch.where(p[:, None, None, None], _one_column_back(x, fields), x)
+
+            return gradient_of_linear(formula, ctx.shape, grad), None, None
         grad_x, some = grad.clone(), grad[p]
-        grad_x[p] = torch.cat([cross_cut(some[..., -1:], ctx.fields), some[..., :-1]], dim=3)
-        return grad_x, None, None, None
+        grad_x[p] = torch.cat([cross_cut(some[..., -1:], fields), some[..., :-1]], dim=3)
+        return grad_x, None, None
+
+
+def _one_column_back(x: Tensor, fields: Fields) -> Tensor:
+    """The isometry action by a shift of -1."""
+    return torch.cat([x[..., 1:], cross_cut(x[..., :1], fields)], dim=3)
