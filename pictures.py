@@ -489,3 +489,24 @@ def training_curves(runs: list[dict]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=max(1, len(runs)))
     return figure
+
+
+def gradient_norm(curves: list[dict]) -> Figure:
+    """Norm of the gradient at each training step; `curves` as in gradient_norms.json."""
+    figure = Figure(figsize=(8.6, 3), layout="constrained")
+    axes = figure.add_subplot()
+    for curve, colour in zip(curves, (COLOURS["mobius_regular"], COLOURS["cnn_same_channels"])):
+        sign_eps = curve["config"]["sign_eps"]
+        text = f"x / (|x| + {sign_eps:g})" if sign_eps else "sign(x)"
+        steps = range(1, len(curve["norms"]) + 1)
+        axes.plot(steps, curve["norms"], color=colour, linewidth=1.2, label=text)
+    steps, epochs = len(curves[0]["norms"]), curves[0]["config"]["num_epochs"]
+    for epoch in range(1, epochs):
+        axes.axvline(epoch * steps / epochs + 0.5, linewidth=1, linestyle=":", color=GREY)
+        axes.annotate(f"epoch {epoch + 1}", (epoch * steps / epochs + 0.5, 1), color=GREY,
+                      xycoords=("data", "axes fraction"), xytext=(4, -2),
+                      textcoords="offset points", va="top", fontsize=9)
+    axes.set(xlabel="step", ylabel="norm of the gradient", yscale="log", xlim=(0, steps + 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(curves))
+    return figure

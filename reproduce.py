@@ -24,7 +24,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -32,7 +32,7 @@ from statistics import mean, stdev
 import torch
 
 from convert_mnist import LENGTH, CommandLine
-from models import MODELS
+from models import MODELS, has_sign_flip_fields
 from parallel_seeds import ParallelRuns
 from run_folder import BadCheckpoint, Busy, is_percentage, read_json, read_result, read_weights, say, write_json
 from train import (
@@ -315,20 +315,27 @@ class Cell:
         study: the runs; those of this cell are looked up.
         model, train_mode: of the cell.
         test_digits: their version.
+        settings: those that differ from the study's.
 
     Raises:
         ValueError, OSError: as `Study.result` does.
     """
 
-    def __init__(self, study: Study, model: str, train_mode: str, test_digits: str) -> None:
-        self.model, self.train_mode, self.test_digits = model, train_mode, test_digits
-        configs = [config for config in study.configs if (config.model, config.train_mode) == (model, train_mode)]
+    def __init__(self, study: Study, model: str, train_mode: str, test_digits: str, settings: Mapping = {}) -> None:
+        self.model, self.train_mode, self.test_digits, self.settings = model, train_mode, test_digits, settings
+        configs = [replace(config, **settings) for config in study.configs if (config.model, config.train_mode) == (model, train_mode)]
+        self.config = configs[0]
         results = {config.seed: study.result(config) for config in configs}
         self.errors = [result["test_error"][test_digits] for result in results.values() if result]
         self.hashes = {result["data"].get("sha256") for result in results.values() if result}
         self.missing = [seed for seed, result in results.items() if not result]
         published = configs[0].dataset == "mnist" and test_digits == "shifted"
         self.paper: tuple[float, float] | None = PAPER[model][train_mode] if published else None
+
+    @property
+    def row(self) -> str:
+        """The first column of the cell's row."""
+        return ", ".join([self.model, *(f"{name} {value}" for name, value in self.settings.items())])
 
     @property
     def n(self) -> int:
@@ -373,17 +380,18 @@ def table(study: Study, style: str = "text") -> str:
     models = list(dict.fromkeys(config.model for config in study.configs))
     train_modes = list(dict.fromkeys(config.train_mode for config in study.configs))
     versions = study.configs[0].test_versions
-    cells = [Cell(study, model, mode, version) for model in models for mode in train_modes for version in versions]
+    cells = [Cell(study, model, mode, version, settings) for model in models for settings in ({}, *other_signs(study, model))
+             for mode in train_modes for version in versions]
     if len(set().union(*(cell.hashes for cell in cells))) > 1:
         raise ValueError(f"the runs in {study.results / 'runs'} are on different npz files: no table of them")
     if style == "csv":
-        return _csv(cells, study.configs[0])
+        return _csv(cells)
     body = _markdown if style == "markdown" else _text
     parts = []
     for version in versions:
         of_version = [cell for cell in cells if cell.test_digits == version]
         parts += [f"Test error in % on {version} test digits ({study.configs[0].digits}): mean ± standard deviation (runs)"
-                  + (f"; paper: {PAPER_RUNS} runs" if of_version[0].paper else ""), body(_rows(of_version, models, train_modes))]
+                  + (f"; paper: {PAPER_RUNS} runs" if of_version[0].paper else ""), body(_rows(of_version, train_modes))]
     if any(cell.differs for cell in cells):
         parts.append(("\\*" if style == "markdown" else "*") + f" differs from the paper: Welch's test, p < {SIGNIFICANCE}")
     if any(cell.paper and 0 < cell.n < LEAST_RUNS for cell in cells):
@@ -391,12 +399,29 @@ def table(study: Study, style: str = "text") -> str:
     return "\n\n".join(parts + _remarks(study, [cell for cell in cells if cell.test_digits == versions[0]]))
 
 
-def _rows(cells: list[Cell], models: list[str], train_modes: list[str]) -> list[list[str]]:
+def other_signs(study: Study, model: str) -> list[dict]:
+    """Settings of finished runs of the model that differ from the study's in sign_eps alone, or in sign_eps and precision.
+
+    Raises:
+        ValueError, OSError: naming the file, for a result that is damaged.
+    """
+    configs, found = [config for config in study.configs if config.model == model], []
+    if has_sign_flip_fields(model):
+        paths = sorted((study.results / "runs").glob(f"*-{model}-*.json"))
+        for stored in (with_defaults(read_result(path)["config"]) for path in paths):
+            settings = {name: stored[name] for name in ("sign_eps", "precision") if stored[name] != getattr(configs[0], name)}
+            if "sign_eps" in settings and settings not in found:
+                if any(study.file(replace(config, **settings)) in paths for config in configs):
+                    found.append(settings)
+    return found
+
+
+def _rows(cells: list[Cell], train_modes: list[str]) -> list[list[str]]:
     paper = any(cell.paper for cell in cells)
     rows = [["model"] + [text for mode in train_modes for text in [f"trained on {mode}"] + ["paper", "p"] * paper]]
-    for model in models:
-        row = [model]
-        for cell in (cell for cell in cells if cell.model == model):
+    for name in dict.fromkeys(cell.row for cell in cells):
+        row = [name]
+        for cell in (cell for cell in cells if cell.row == name):
             ours = "-" if cell.mean is None else f"{cell.mean:.2f}" + (f" ± {cell.std:.2f}" if cell.n > 1 else "") + f" ({cell.n})"
             row.append(ours + " *" * cell.differs)
             if paper:
@@ -417,16 +442,16 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(rows[0]), *lines[1:]])
 
 
-def _csv(cells: list[Cell], config: Config) -> str:
+def _csv(cells: list[Cell]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    settings = " ".join(f"{name}={value}" for name, value in short_settings(config).items())
     columns = "digits settings model train_mode test_digits n missing mean std paper_mean paper_std paper_n p differs"
     writer.writerow(columns.split())
     for cell in cells:
         paper = (*cell.paper, PAPER_RUNS) if cell.paper else (None,) * 3
+        settings = " ".join(f"{name}={value}" for name, value in short_settings(cell.config).items())
         writer.writerow([
-            config.digits, settings, cell.model, cell.train_mode, cell.test_digits, cell.n, len(cell.missing), cell.mean, cell.std, *paper,
+            cell.config.digits, settings, cell.model, cell.train_mode, cell.test_digits, cell.n, len(cell.missing), cell.mean, cell.std, *paper,
             cell.p, "" if cell.p is None else int(cell.differs),
         ])
     return file.getvalue().rstrip("\n")
@@ -438,25 +463,27 @@ def _remarks(study: Study, cells: list[Cell]) -> list[str]:
     changed = ({"data": Path(config.data).name} if config.data else {}) | short_settings(config)
     if changed:
         remarks.append("Not the paper's protocol: " + ", ".join(f"{name} {value}" for name, value in changed.items()))
-    missing = sum(len(cell.missing) for cell in cells)
+    incomplete = [cell for cell in cells if cell.missing and not cell.settings]
+    missing = sum(len(cell.missing) for cell in incomplete)
     if missing:
-        which = [f"- {cell.model} trained on {cell.train_mode}: seeds {_ranges(cell.missing)}" for cell in cells if cell.missing]
-        others = _other_runs(study)
+        which = [f"- {cell.model} trained on {cell.train_mode}: seeds {_ranges(cell.missing)}" for cell in incomplete]
+        others = _other_runs(study, [cell.config for cell in cells])
         if others:
             remarks.append(f"Finished runs of other settings, which take their options to be shown: {others}")
         remarks.append("\n".join([f"Missing: {missing} of {len(study.configs)} runs", *which]))
     return remarks
 
 
-def _other_runs(study: Study) -> str:
-    """What lies among the results with other digits or settings than the study's, and how often."""
+def _other_runs(study: Study, shown: list[Config]) -> str:
+    """What lies among the results with other digits or settings than those that are shown, and how often."""
     def of(name: str) -> str | None:
         match = re.fullmatch(rf"(.+)-(?:{'|'.join(MODELS)})-(?:{'|'.join(TRAIN_MODES)})-seed\d+((?:-.+)?)", name)
-        return match and " ".join([match[1], *match[2].split("-")[1:]])
+        return match and " ".join([match[1], *re.split("-(?=[a-z])", match[2])[1:]])
 
     counts = Counter(of(path.stem) for path in (study.results / "runs").glob("*.json"))
+    shown = {of(run_name(config)) for config in shown}
     return ", ".join(f"{what} ({count})" for what, count in sorted((what, n) for what, n in counts.items() if what)
-                     if what != of(run_name(study.configs[0])))
+                     if what not in shown)
 
 
 def _ranges(numbers: list[int]) -> str:

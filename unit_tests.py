@@ -59,6 +59,7 @@ import visualize
 from fast_path import is_plain
 from fields import Fields, PlanarFields, adjacent_channels, arrange_channels, as_fields, cross_cut, gauge_transform, isometry_action
 from models import CNN, MODELS, MODES, MobiusGaugeCNN, build_model, count_parameters, export
+from study import gradients
 from nn_layers import (POOLINGS, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad, _norm, transport_pad)
 
 ROOT = Path(__file__).resolve().parent
@@ -3254,11 +3255,11 @@ class TestReproduce(RunsCase):
         other = {"num_epochs": 3, "batch_size": 8, "weight_decay": 0.1, "lr": 0.1, "lr_decay_period": 1, "lr_decay_factor": 3,
                  "precision": "bf16", "test_mode": "shifted", "dataset": "digits", "pooling": "polyphase", "lr_schedule": "cosine",
                  "warmup_epochs": 1, "deformation": 0.5, "stroke_width": 0.2, "scaling": 0.2, "dropout": 0.1, "label_smoothing": 0.1,
-                 "optimizer": "muon"}
-        self.assertEqual(set(train.Config("mobius_regular").protocol()) - {"model", "train_mode", "seed", "eval_freq"}, set(other))
-        configs = [train.Config("mobius_regular", **{key: value}) for key, value in 
+                 "optimizer": "muon", "sign_eps": 1e-8}
+        self.assertEqual(set(train.Config("mobius_mixed").protocol()) - {"model", "train_mode", "seed", "eval_freq"}, set(other))
+        configs = [train.Config("mobius_mixed", **{key: value}) for key, value in
                    (other | {"data": "my.npz", "train_mode": "shifted", "seed": 1}).items()]
-        self.assertEqual(len({reproduce.run_name(config) for config in (*configs, train.Config("mobius_regular"))}), len(configs) + 1)
+        self.assertEqual(len({reproduce.run_name(config) for config in (*configs, train.Config("mobius_mixed"))}), len(configs) + 1)
         # A recipe is its settings; in names it stands for them.
         recipe = train.RECIPES["improved"]
         config = train.Config("mobius_regular", **recipe | {"precision": "bf16"})
@@ -3501,6 +3502,43 @@ class TestReproduce(RunsCase):
             path.unlink()
         self.assertRegex(self.main(reproduce, *options), r"mobius_regular +- +1.23 ± 0.07")
         self.assertNotIn("1.23", self.main(reproduce, *self.options("--table", "--dataset", "digits")[2:]))
+
+    def test_rows_of_other_signs(self):
+        """Runs that differ in sign_eps, and perhaps in precision, have rows of their own beside the paper's figures."""
+        asked = ("--models", "mobius_signflip", "mobius_regular", "--precision", "bf16", "--runs", "5")
+        other = ("--models", "mobius_signflip", "--runs", "5", "--sign_eps", "1e-8")
+        for options, low in ((asked, 3), (other, 5), ((*other, "--precision", "bf16"), 6), ((*other, "--lr", "0.1"), 9),
+                             (("--models", "mobius_signflip", "--runs", "5"), 8)):
+            self.write_results(self.study(*options), lambda config, version: low + config.seed / 10)
+        later = train.Config(**vars(self.study(*other).configs[0]) | {"seed": 5, "sign_eps": 1e-3})  # beyond --runs
+        self.write_results(reproduce.Study([later], self.folder / "results"), lambda config, version: 20)
+        self.study(*other).file(self.study(*other).configs[1]).unlink()
+        text = self.main(reproduce, *self.options(*asked, "--table"))
+        shifted = [line for line in text.splitlines() if line.startswith("mobius")][:4]
+        self.assertEqual([re.split("  +", line)[:3] for line in shifted], [
+            ["mobius_signflip", "3.20 ± 0.16 (5) *", "4.89 ± 0.36"],
+            ["mobius_signflip, sign_eps 1e-08, precision fp32", "5.22 ± 0.17 (4)", "4.89 ± 0.36"],
+            ["mobius_signflip, sign_eps 1e-08", "6.20 ± 0.16 (5) *", "4.89 ± 0.36"],
+            ["mobius_regular", "3.20 ± 0.16 (5) *", "1.23 ± 0.07"],
+        ])
+        self.assertNotIn("Missing", text)  # those of other settings are not
+        markdown = self.main(reproduce, *self.options(*asked, "--table", "markdown"))
+        self.assertIn("| `mobius_signflip, sign_eps 1e-08` | 6.20 ± 0.16 (5) \\* | 4.89 ± 0.36 |", markdown)
+        rows = list(csv.DictReader(io.StringIO(self.main(reproduce, *self.options(*asked, "--table", "csv")))))
+        self.assertEqual([(row["model"], row["settings"], row["n"], row["missing"]) for row in rows[::2]], [
+            ("mobius_signflip", "num_epochs=2 batch_size=4 precision=bf16", "5", "0"),
+            ("mobius_signflip", "sign_eps=1e-08 num_epochs=2 batch_size=4", "4", "1"),
+            ("mobius_signflip", "sign_eps=1e-08 num_epochs=2 batch_size=4 precision=bf16", "5", "0"),
+            ("mobius_regular", "num_epochs=2 batch_size=4 precision=bf16", "5", "0"),
+        ])
+        # The other way round, and with a remark of what is not shown.
+        text = self.main(reproduce, *self.options(*other, "--table"))
+        self.assertIn("\nmobius_signflip, sign_eps 0.0  ", text)
+        self.assertIn("\nmobius_signflip, sign_eps 0.0, precision bf16  ", text)
+        (remark,) = [line for line in text.splitlines() if line.startswith("Finished runs of other settings")]
+        self.assertEqual(remark.split(": ")[1], "digits sign_eps_0.001 num_epochs_2 batch_size_4 (1), "
+                         "digits sign_eps_1e-08 num_epochs_2 batch_size_4 lr_0.1 (5), "
+                         "digits sign_eps_1e-08 num_epochs_2 batch_size_4 precision_bf16 (5)")
 
     def test_error_against_shift(self):
         options = self.options("--models", "mobius_regular", "--runs", "1", "--num_epochs", "1")
@@ -3825,6 +3863,15 @@ class TestPictures(Case):
             (axes,) = pictures.error_against_shift([self.ROWS[2] | {"errors": errors}]).axes
             self.assertEqual((axes.get_yscale(), axes.get_ylim()[0]), ("linear", 0))
 
+    def test_gradient_norm(self):
+        curves = [{"config": {"sign_eps": sign_eps, "num_epochs": 2}, "norms": norms}
+                  for sign_eps, norms in ((0.0, [3.0, 2.0, 1.0, 0.5]), (1e-8, [3.0, 2000.0, 10.0, 300.0]))]
+        (axes,) = pictures.gradient_norm(curves).axes
+        drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines[:2]}
+        self.assertEqual(drawn, {"sign(x)": ([1, 2, 3, 4], curves[0]["norms"]), "x / (|x| + 1e-08)": ([1, 2, 3, 4], curves[1]["norms"])})
+        self.assertEqual(axes.get_yscale(), "log")
+        self.assertEqual((axes.texts[0].get_text(), axes.texts[0].xy[0]), ("epoch 2", 2.5))
+
     def test_training_curves(self):
         records = [{"epoch": epoch, "train_error": 100.0 / epoch} | ({"test_error_shifted": 50.0 / epoch} if epoch % 2 == 0 else {})
                    for epoch in (1, 2, 3, 4)]
@@ -3848,6 +3895,8 @@ class TestVisualize(FilesCase):
             torch.save(build_model(model).state_dict(), self.folder / f"{option}.pt")
         (self.folder / "results" / "runs").mkdir(parents=True)
         run_folder.write_json(self.folder / "results" / "error_against_shift.json", {"rows": TestPictures.ROWS})
+        run_folder.write_json(self.folder / "results" / "gradient_norms.json", {"format": 1, "curves": [
+            {"config": {"sign_eps": 0.0, "num_epochs": 2}, "norms": [1.0, 2.0]}] * 2})
         for model, mode in itertools.product(("mobius_regular", "cnn_same_channels"), train.TRAIN_MODES):
             name = f"mnist-{model}-{mode}-seed0-precision_bf16.json"
             shutil.copy(ROOT / "results" / "runs" / name, self.folder / "results" / "runs" / name)
@@ -3952,6 +4001,32 @@ class TestVisualize(FilesCase):
             drawn = mock.Mock()
             visualize.PICTURES[name].draw(drawn, visualize.Material(visualize.command_line().parse_args([f"--data={self.data}"])))
             self.assertEqual([shift for call in drawn.strips_in_space.mock_calls for shift in call.args[1]], shifts)
+
+    def test_gradient_norms(self):
+        """Measured where there is no file of them: in the first step the norm of the gradient itself, one for each step."""
+        path = self.folder / "results" / "gradient_norms.json"
+        path.unlink()
+        config = train.Config("mobius_signflip", data=str(write_npz(self.folder / "few.npz", 8, 8)))
+        data = train.find_data(config, torch.device("cpu"))
+        content = gradients.measure_gradient_norms(data, data=config.data, batch_size=4)
+        self.assertEqual([curve["config"]["sign_eps"] for curve in content["curves"]], [0.0, 1e-8])
+        for curve in content["curves"]:
+            torch.manual_seed(0)
+            model = build_model("mobius_signflip", sign_eps=curve["config"]["sign_eps"])
+            images, labels = data.splits["train_centered"]
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:4]
+            F.cross_entropy(model(images[order]), labels[order]).backward()
+            norm = sum(parameter.grad.double().square().sum() for parameter in model.parameters()).sqrt().item()
+            self.assertAlmostEqual(curve["norms"][0] / norm, 1, places=3)
+            self.assertEqual(len(curve["norms"]), 4)
+        with mock.patch("visualize.measure_gradient_norms", return_value=content) as measure:
+            self.main("gradient_norm", *self.options)
+            self.main("gradient_norm", *self.options)
+        measure.assert_called_once()
+        self.assertEqual(json.loads(path.read_text()), content)
+        for damaged in ("{", "[]", "{}", '{"format": 2, "curves": []}'):
+            path.write_text(damaged)
+            self.assertFails(visualize.main, "gradient_norm", *self.options, contains=str(path))
 
     def test_shift_between(self):
         x = torch.rand(1, 1, 4, 6)
@@ -4150,9 +4225,9 @@ class TestReadme(FilesCase):
             self.assertEqual(result["status"], "finished", path)
             config = train.Config(**result["config"])
             self.assertEqual(reproduce.run_name(config), path.stem)
-            groups.setdefault((config.dataset, config.model, config.train_mode, config.precision), []).append(result)
-        for (dataset, model, train_mode, precision), results in groups.items():
-            if precision == "bf16":
+            groups.setdefault((config.dataset, config.model, config.train_mode, config.precision, config.sign_eps), []).append(result)
+        for (dataset, model, train_mode, precision, sign_eps), results in groups.items():
+            if precision == "bf16" or sign_eps:
                 continue  # in the table
             self.assertEqual(train_mode, "centered")
             cells = [" ".join(row) for row in self.rows(f"`{model}`") if row[1] == {"mnist": "MNIST", "digits": "digits"}[dataset]]
@@ -4171,7 +4246,7 @@ class TestReadme(FilesCase):
         shown = set(self.TEXT.splitlines())
         for line in lines[:lines.index("Not the paper's protocol: precision bf16")]:
             self.assertTrue(line in shown, line)
-        self.assertEqual(len([line for line in lines if line.startswith("| `")]), 14)
+        self.assertGreaterEqual(len([line for line in lines if line.startswith("| `")]), 14)
 
     def test_pooling_and_recipe(self):
         """The tables on polyphase pooling and on the recipe, from the files."""
@@ -4228,7 +4303,7 @@ class TestReadme(FilesCase):
         self.assertLess(sum(path.stat().st_size for path in folder.iterdir()), 3_000_000)
         # Those of results are of these results.
         with contextlib.redirect_stdout(io.StringIO()):
-            visualize.main(["results", "error_against_shift", "training_curves", "models", "--out", str(self.folder)])
+            visualize.main(["results", "error_against_shift", "gradient_norm", "training_curves", "models", "--out", str(self.folder)])
 
         for path in self.folder.iterdir():
             drawn, committed = path.read_text(), (folder / path.name).read_text()

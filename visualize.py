@@ -25,7 +25,8 @@ from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, Split, write_ato
 from fields import isometry_action
 from nn_layers import MobiusConv
 from reproduce import OTHER_DEFAULTS, PAPER, PAPER_RUNS, RESULTS, Cell, Study, read_error_against_shift
-from run_folder import Busy, say
+from run_folder import Busy, read_json, say, write_json
+from study.gradients import EPOCHS, FORMAT, measure_gradient_norms
 from train import LATEST, PRECISIONS, TRAIN_MODES, Config, Data, find_data, keep_freed_memory, load_network, resumed_run, runs_of
 
 FOLDER = Path(__file__).resolve().parent / "visualizations"
@@ -120,6 +121,20 @@ class Material:
         return errors
 
     @cached_property
+    def gradient_norms(self) -> list[dict]:
+        """Curves of gradient_norms.json, which are measured first if there is no such file."""
+        path = Path(self.options.results) / "gradient_norms.json"
+        if not path.exists():
+            say(f"there is no {path}: two networks are trained for {EPOCHS} epochs")
+            config = self.config("mobius_signflip")
+            del config["model"]
+            write_json(path, measure_gradient_norms(self.data, **config))
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{path} does not hold gradient norms of format {FORMAT}: move it away, and they are measured again")
+        return content["curves"]
+
+    @cached_property
     def curves(self) -> list[dict]:
         """Results of both networks, the paper's protocol on centered digits, seed 0: in the precision in which they were tested most."""
         best, most = None, 0
@@ -190,6 +205,7 @@ PICTURES = {
     "equivariance": Picture(lambda pictures, material: pictures.equivariance(material.networks, *material.shifted_wrongly)),
     "results": Picture(lambda pictures, material: pictures.results(material.errors, PAPER), pixels=False),
     "error_against_shift": Picture(lambda pictures, material: pictures.error_against_shift(material.rows), pixels=False),
+    "gradient_norm": Picture(lambda pictures, material: pictures.gradient_norm(material.gradient_norms), pixels=False),
     "training_curves": Picture(lambda pictures, material: pictures.training_curves(material.curves), pixels=False),
 }
 
