@@ -1,0 +1,310 @@
+"""Runs that are stopped, killed, resumed and tested, from their checkpoints."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+from unittest import mock
+
+import numpy as np
+import torch
+
+import data_loader
+import run_folder
+import train
+from fields import isometry_action
+from models import build_model
+from tests.reference import randomized
+from tests.support import COUNTS, RunsCase, Zygote, write_npz
+
+
+class TestCheckpoints(RunsCase):
+    KILLS = 20
+
+    def test_resume_is_exact(self):
+        write_npz(self.data, 32, 16)
+        for options in ({"model": "mobius_mixed", "lr_decay_period": 1},
+                        {"precision": "bf16", "eval_freq": 2, **train.RECIPES["improved"]}):
+            options["batch_size"] = 16
+            config = self.config(num_epochs=4, **options)
+            expected = self.finish(config)
+            folder = self.finish(config, stop_after=1)
+            for epoch in (2, None):
+                torch.manual_seed(1234)  # whatever this process drew meanwhile
+                self.finish(config, folder, stop_after=epoch)
+            stored = self.assertSameRun(folder, expected)
+            self.assertEqual([session["after_epoch"] for session in stored["resumed"]], [1, 2])
+            # Another seed is another run: the comparison can fail.
+            other = self.finish(self.config(num_epochs=4, **options | {"seed": 8}))
+            with self.assertRaises(AssertionError):
+                self.assertSameRun(folder, other)
+
+    def test_resume_from_the_command_line(self):
+        expected = self.finish(self.config(num_epochs=3))
+        config = self.config(num_epochs=3)
+        for source in (lambda folder: folder, lambda folder: folder / "checkpoint.pt"):
+            folder = self.finish(config, stop_after=1)
+            printed = self.main(train, "--resume", source(folder))
+            self.assertIn("continued after epoch 1 of 3", printed)
+            self.assertSameRun(folder, expected)
+            # A finished run is finished.
+            before = (folder / "weights.pt").read_bytes()
+            printed = self.main(train, "--resume", source(folder), "--model", "mobius_regular")
+            self.assertRegex(printed, r"^finished already: test error shifted .* %, centered .*\n$")
+            self.assertEqual((folder / "weights.pt").read_bytes(), before)
+
+    def test_resume_the_latest(self):
+        options = self.options("--num_epochs", "3", "--resume")
+        printed = self.main(train, *options)
+        self.assertIn("this is the first", printed)
+        (folder,) = self.logs.iterdir()
+        self.assertIn("finished already", self.main(train, *options))
+        self.finish(self.config(num_epochs=3, seed=1), stop_after=1)
+        stopped = self.finish(self.config(num_epochs=3), stop_after=2)
+        stored = json.loads((stopped / "result.json").read_text())
+        for name in ("pooling", "dropout", "lr_schedule", "warmup_epochs", "deformation", "stroke_width", "scaling", "label_smoothing",
+                     "optimizer"):  # as before there were these
+            del stored["config"][name]
+        run_folder.write_json(stopped / "result.json", stored)
+        self.finish(self.config(num_epochs=3, data=str(write_npz(self.folder / "other.npz", 16, 8))), stop_after=1)
+        (self.logs / "damaged").mkdir()
+        (self.logs / "damaged" / "result.json").write_text("{")
+        printed = self.main(train, *options)
+        self.assertIn("continued after epoch 2 of 3", printed)
+        self.assertIn(str(stopped), printed)
+        self.assertSameRun(stopped, folder)
+        self.assertFails(train.main, "--resume", contains="--model")
+
+    def test_tensorboard_of_a_resumed_run(self):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        config = self.config(num_epochs=3, tensorboard=True)
+        folder = self.finish(config, stop_after=2)
+        time.sleep(1.1)  # TensorBoard names its files by the second
+        self.finish(config, folder)
+        records = json.loads((folder / "result.json").read_text())["epochs"]
+        shown = EventAccumulator(str(folder / "pictures"), size_guidance={"images": 0}).Reload()
+        self.assertEqual([event.step for event in shown.Images("network/kernels of the first layer")], [0, 1, 2, 3])
+        self.assertEqual([event.step for event in shown.Images("digits/shifted test")], [0])
+        scalars = EventAccumulator(str(folder)).Reload().Scalars("loss/train")
+        self.assertEqual([event.step for event in scalars], [1, 2, 3])
+        for event, record in zip(scalars, records):
+            self.assertAlmostEqual(event.value, record["train_loss"], places=5)
+
+    def test_killed_at_any_moment(self):
+        """SIGKILL, twenty times: nothing is lost but the epoch that was running."""
+        epochs = 8
+        # One thread, as the children have.
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        torch.set_num_threads(1)
+        start = time.monotonic()
+        expected = self.finish(self.config(num_epochs=epochs))
+        epoch_seconds = (time.monotonic() - start) / epochs
+        random, kills, finished = np.random.default_rng(), 0, 0  # other moments each time
+        folder, output = self.folder / "run", self.folder / "printed"
+        options = self.options("--num_epochs", epochs, "--log_dir", folder)
+        while kills < self.KILLS:
+            if finished == epochs:  # and once more from the start
+                self.main(train, *options, "--resume")  # the kill may have come before all files followed from the checkpoint
+                self.assertSameRun(next(folder.iterdir()), expected)
+                shutil.rmtree(folder)
+                finished = 0
+            output.unlink(missing_ok=True)
+            pid = Zygote.start("train", [*options, "--resume"], output)
+            time.sleep(random.uniform(0.05, 0.05 + 2 * epoch_seconds))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            status, printed = Zygote.wait(pid, output)
+            self.assertIn(status, (None, 0), printed)
+            kills += status is None
+            told = [int(epoch) for epoch in re.findall(r"^epoch +(\d+)/", printed, re.MULTILINE)]
+            # Its checkpoint is whole, and of an epoch at least as late as those that were seen; so are the other files.
+            checkpoints = list(folder.glob("*/checkpoint.pt"))
+            if checkpoints:
+                (path,) = checkpoints
+                stored = run_folder.read_checkpoint(path)
+                epoch = len(stored["result"]["epochs"])
+                self.assertGreaterEqual(epoch, max([finished, *told]))
+                if finished:
+                    self.assertIn(f"continued after epoch {finished} of", printed + f"continued after epoch {finished} of" * (not printed))
+                finished = epoch
+                run_folder.read_result(path.with_name("result.json"))
+            else:
+                self.assertEqual((finished, told), (0, []))
+                shutil.rmtree(folder, ignore_errors=True)
+        COUNTS["kills of train.py"] += kills
+        output.unlink(missing_ok=True)
+        status, printed = Zygote.wait(Zygote.start("train", [*options, "--resume"], output), output)
+        self.assertEqual(status, 0, printed)
+        (folder,) = folder.iterdir()
+        self.assertSameRun(folder, expected)
+        self.assertEqual([path.name for path in folder.glob(".*")], [])
+
+    def test_bad_checkpoints(self):
+        folder = self.finish(self.config(num_epochs=3), stop_after=1)
+        path = folder / "checkpoint.pt"
+        whole = path.read_bytes()
+
+        def changed(**changes):
+            checkpoint = torch.load(io.BytesIO(whole), weights_only=True)
+            checkpoint |= {key: value(checkpoint[key]) if callable(value) else value for key, value in changes.items()}
+            file = io.BytesIO()
+            torch.save({key: value for key, value in checkpoint.items() if value is not None}, file)
+            return file.getvalue()
+
+        resume = ("--resume", folder)
+        cases = [(whole[:n], resume, ["truncated or no checkpoint"]) for n in (0, 1, 100, len(whole) // 2, len(whole) - 1)]
+        cases += [
+            (b"some other file" * 100, resume, ["truncated or no checkpoint"]),
+            (self.data.read_bytes(), resume, ["truncated or no checkpoint"]),
+            ((folder / "weights.pt").read_bytes(), resume, ["weights alone"]),
+            (changed(format=99), resume, ["later version", "99", "update"]),
+            (changed(model=None), resume, ["lacks model"]),
+            (changed(random=None, optimizer=None), resume, ["lacks optimizer, random"]),
+            (changed(config=lambda c: c | {"lr": "fast"}), resume, ["lr"]),
+            (changed(config=lambda c: c | {"speed": 1}), resume, ["speed"]),
+            (changed(model=lambda m: {"a": torch.zeros(1)}), resume, ["does not fit"]),
+            (changed(model=build_model("mobius_mixed").state_dict()), resume, ["does not fit"]),
+            (changed(optimizer=lambda o: o | {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}}}),
+             resume, ["does not fit", "optimizer"]),
+            (changed(optimizer=lambda o: o | {"state": {i: s | {"exp_avg_sq": torch.zeros(1)} for i, s in o["state"].items()}}), resume,
+             ["does not fit", "optimizer"]),
+            (changed(optimizer=lambda o: o | {"state": {}}), resume, ["does not fit", "begins anew"]),
+            (changed(optimizer=lambda o: {"state": {}}), resume, ["does not fit"]),
+            (changed(result=lambda r: r | {"epochs": []}), resume, ["does not fit"]),
+            (changed(result=lambda r: r | {"epochs": [1]}), resume, ["does not fit"]),
+            (changed(result=lambda r: r | {"epochs": [{"epoch": 1}]}), resume, ["does not fit"]),
+            (changed(result=lambda r: r | {"seconds": math.nan}), resume, ["does not fit"]),
+            (changed(result=lambda r: r | {"note": torch.ones(1)}), resume, ["does not fit"]),
+            (changed(result=lambda r: {key: value for key, value in r.items() if key != "parameters"}), resume, ["does not fit"]),
+            (changed(config=lambda c: c | {"data": 3}), resume, ["data must be a path"]),
+            (changed(format=True), resume, ["no checkpoint"]),
+            (changed(format=0), resume, ["no checkpoint"]),
+            (changed(random={}), resume, ["does not fit"]),
+            (changed(data=lambda d: d | {"sha256": "0"}), resume, ["another"]),
+            (changed(device="cuda"), (*resume, "--device", "cpu"), ["--device cuda"]),
+            (whole, (*resume, "--lr", "0.01"), ["lr 0.005, not 0.01"]),
+            (whole, (*resume, "--model", "mobius_mixed"), ["mobius_regular, not mobius_mixed"]),
+            (whole, (*resume, "--num_epochs", "5"), ["num_epochs 3, not 5"]),
+            (whole, ("--resume", folder / "log.txt"), ["checkpoint.pt in it"]),
+            (whole, ("--resume", self.folder / "nowhere"), ["nowhere", "no such folder"]),
+            (whole, ("--resume", ""), ["--resume ''", "no such folder"]),
+            (whole, ("--resume", self.folder), [str(self.folder), "no checkpoint in it"]),
+            (whole, (*resume, "--checkpoint", ""), ["--eval_only"]),
+            (whole, (*resume, "--eval_only", "--checkpoint", path), ["--resume"]),
+        ]
+        for content, arguments, contains in cases:
+            path.write_bytes(content)
+            before = self.files()
+            with self.subTest(contains):
+                # A configuration on the command line contradicts the file's in _restore, an own one in Config.
+                self.assertFails(train.main, *arguments, contains=contains)
+                self.assertEqual(self.files(), before)
+        # Settings of the optimizer are those of the configuration, whatever the file says of them.
+        expected = self.finish(self.config(num_epochs=3))
+        path.write_bytes(changed(optimizer=lambda o: {"state": o["state"], "param_groups": [o["param_groups"][0] | {"weight_decay": 1.0}]}))
+        self.assertIn("continued after epoch 1 of 3", self.main(train, *resume))
+        self.assertSameRun(folder, expected)
+
+    def test_full_disk(self):
+        """As the system reports it: one line that names the file, and what was there stays."""
+        folder = self.finish(self.config(num_epochs=3), stop_after=1)
+        before = {name: content for name, content in self.files().items() if name.endswith(".pt")}
+
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+        self.assertFails(train.main, "--resume", folder, contains=["cannot write", "checkpoint.pt: File too large"])
+        self.assertEqual({name: content for name, content in self.files().items() if name.endswith(".pt")}, before)
+
+    def test_other_threads(self):
+        config = self.config(num_epochs=3)
+        folder = self.finish(config, stop_after=1)
+        threads = torch.get_num_threads()
+        self.addCleanup(torch.set_num_threads, threads)
+        torch.set_num_threads(threads + 1)
+        self.finish(config, folder)
+        self.assertIn("rounding may differ", (folder / "log.txt").read_text())
+
+    def test_code_in_a_checkpoint_is_not_run(self):
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(marker),)
+
+        marker, folder = self.folder / "run", self.finish(self.config())
+        torch.save({"format": 1, "config": Evil()}, folder / "checkpoint.pt")
+        self.assertFails(train.main, "--resume", folder, contains="checkpoint.pt")
+        self.assertFails(train.main, "--eval_only", "--checkpoint", folder / "checkpoint.pt", contains="checkpoint.pt")
+        self.assertFalse(marker.exists())
+
+    def test_one_process_at_a_time(self):
+        config = self.config(num_epochs=3)
+        folder = self.finish(config, stop_after=1)
+        run = train.Run(config, folder, verbose=False)
+        before = self.files()
+        self.assertFails(train.main, "--resume", folder, contains=["another process", str(folder)])
+        self.assertEqual(self.files(), before)
+        run.close()
+        self.assertIn("continued after epoch 1", self.main(train, "--resume", folder))
+        with mock.patch("run_folder.fcntl", None):
+            self.assertFails(train.main, "--resume", folder, contains=["cannot lock", "no flock"])
+
+    def test_eval_only(self):
+        folder = self.finish(self.config(model="mobius_mixed"))
+        errors = json.loads((folder / "result.json").read_text())["test_error"]
+        alone = self.folder / "alone.pt"
+        shutil.copy(folder / "weights.pt", alone)
+        before = self.files()
+        line = f"test error shifted {errors['shifted']:.2f} %, centered {errors['centered']:.2f} %"
+        data = ("--data", self.data)
+        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt"))
+        self.assertIn("after 2 epochs", self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt"))
+        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", alone, "--model", "mobius_mixed", *data))
+        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder / "weights.pt", *data))
+        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder))
+        printed = self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt", "--test_mode", "centered")
+        self.assertIn(f"test error centered {errors['centered']:.2f} %", printed)
+        for arguments, contains in [
+            ([], ["--checkpoint FILE"]),
+            (["--checkpoint", self.folder / "nowhere.pt"], ["nowhere.pt", "No such file"]),
+            (["--checkpoint", self.data], ["no checkpoint"]),
+            (["--checkpoint", self.folder], ["cannot read", "checkpoint.pt"]),
+            (["--checkpoint", alone, *data], ["--model"]),
+            (["--checkpoint", alone, "--model", "cnn_same_params", *data], ["cnn_same_params"]),
+            (["--checkpoint", folder / "weights.pt", "--model", "mobius_regular", *data], ["mobius_mixed, not a mobius_regular"]),
+            (["--checkpoint", folder / "checkpoint.pt", "--model", "mobius_regular"], ["mobius_mixed, not a mobius_regular"]),
+            (["--checkpoint", folder / "checkpoint.pt", "--lr", "1", "--seed", "2"], ["--lr, --seed"]),
+        ]:
+            with self.subTest(arguments):
+                self.assertFails(train.main, "--eval_only", *arguments, contains=contains)
+        self.assertFails(train.main, *self.options("--checkpoint", folder / "checkpoint.pt"), contains="--eval_only")
+        self.assertEqual(self.files(), before)
+
+    def test_predict_at_every_shift(self):
+        """Those of digits moved one by one; a gauge CNN's repeat every 4 columns, with polyphase pooling in all."""
+        test = data_loader.load_dataset(self.data)["test_centered"]
+        model = randomized(build_model("mobius_regular"))
+        predictions = train.predict_at_every_shift(model, test.images)
+        self.assertEqual(predictions.shape, (56, len(test.labels)))
+        for shift in (0, 3, 28, 55):
+            moved = data_loader.Split(isometry_action(test.images, shift, (1, 0, 0)), test.labels)
+            self.assertAlmostEqual(100 * (predictions[shift] != test.labels).double().mean().item(), train.evaluate(model, moved)[1])
+        for phase in range(4):
+            self.assertTrue((predictions[phase::4] == predictions[phase]).all())
+        ours = build_model("mobius_regular", pooling="polyphase")
+        ours.load_state_dict(model.state_dict())
+        predictions = train.predict_at_every_shift(ours, test.images)
+        self.assertTrue((predictions == predictions[0]).all())
+        cnn = randomized(build_model("cnn_same_params", pooling="polyphase"))
+        with torch.no_grad():
+            cnn.classifier[7].bias.zero_()
+            logits = cnn.eval()(test.images)
+            cnn.classifier[7].bias.copy_(-logits.mean(0))  # or it sees the same class in everything
+        predictions = train.predict_at_every_shift(cnn, test.images)
+        self.assertFalse((predictions[::4] == predictions[0]).all())
