@@ -34,10 +34,10 @@ def measure_gradient_norms(digits: Data, **options) -> dict:
         digits: what to train on, on the CPU.
         options: further options of `Config`.
     """
-    options = {"num_epochs": EPOCHS, "device": "cpu", "eval_freq": 0, "tensorboard": False} | options
+    defaults = {"num_epochs": EPOCHS, "device": "cpu", "eval_freq": 0, "tensorboard": False}
     curves = []
     for sign_eps in SIGNS:
-        config = Config("mobius_signflip", sign_eps=sign_eps, **options)
+        config = Config("mobius_signflip", sign_eps=sign_eps, **defaults | options)
         curves.append({"config": config.protocol(), "norms": gradient_norms(config, digits)})
     return {
         "format": FORMAT,

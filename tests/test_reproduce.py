@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import errno
+import fcntl
 import io
 import itertools
 import json
@@ -10,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,10 +22,12 @@ from unittest import mock
 import numpy as np
 import torch
 
+import convert_mnist
 import reproduce
 import run_folder
 import train
 from models import MODELS
+from study.runs import Study, run_name
 from tests.support import COUNTS, ROOT, RunsCase, Zygote, not_installed
 
 
@@ -37,7 +40,9 @@ class TestReproduce(RunsCase):
 
     def study(self, *more):
         options = vars(reproduce.command_line().parse_args([str(option) for option in self.options(*more)]))
-        return reproduce.plan({key: value for key, value in options.items() if key not in ("table", "error_against_shift")})[0]
+        runs, models, train_modes, results, _, _ = (options.pop(name) for name in (
+            "runs", "models", "train_modes", "results", "table", "error_against_shift"))
+        return Study(reproduce.plan(runs, models, train_modes, options), results)
 
     def results(self, folder="results"):
         return {path.name: path for path in (self.folder / folder / "runs").glob("*.json")}
@@ -89,39 +94,21 @@ class TestReproduce(RunsCase):
         self.assertEqual(set(train.Config("mobius_mixed").protocol()) - {"model", "train_mode", "seed", "eval_freq"}, set(other))
         configs = [train.Config("mobius_mixed", **{key: value}) for key, value in
                    (other | {"data": "my.npz", "train_mode": "shifted", "seed": 1}).items()]
-        self.assertEqual(len({reproduce.run_name(config) for config in (*configs, train.Config("mobius_mixed"))}), len(configs) + 1)
+        self.assertEqual(len({run_name(config) for config in (*configs, train.Config("mobius_mixed"))}), len(configs) + 1)
         # A recipe is its settings; in names it stands for them.
         recipe = train.RECIPES["improved"]
         config = train.Config("mobius_regular", **recipe | {"precision": "bf16"})
-        self.assertEqual(reproduce.run_name(config), "mnist-mobius_regular-centered-seed0-recipe_improved-precision_bf16")
-        self.assertEqual(reproduce.plan({"runs": 1, "models": ["mobius_regular"], "train_modes": ["centered"], "parallel_seeds": 1, "results": "x",
-                                         "recipe": "improved", "lr": 0.5})[0].configs[0].lr, 0.5)
+        self.assertEqual(run_name(config), "mnist-mobius_regular-centered-seed0-recipe_improved-precision_bf16")
+        (config,) = reproduce.plan(1, ["mobius_regular"], ["centered"], {"recipe": "improved", "lr": 0.5})
+        self.assertEqual((config.lr, config.batch_size), (0.5, 64))
         for name, value in recipe.items():
             near = train.Config("mobius_regular", **recipe | {name: 1e-3 if name == "lr" else train.DEFAULTS[name]})
-            self.assertNotIn("recipe", reproduce.run_name(near))
+            self.assertNotIn("recipe", run_name(near))
         for name in ("eval_freq", "device", "log_dir", "tensorboard"):
             config = train.Config("mobius_regular", **{name: {"eval_freq": 3, "device": "cpu", "log_dir": "x", "tensorboard": False}[name]})
-            self.assertEqual(reproduce.run_name(config), "mnist-mobius_regular-centered-seed0")
+            self.assertEqual(run_name(config), "mnist-mobius_regular-centered-seed0")
         defaults = vars(reproduce.command_line().parse_args([]))
         self.assertEqual((defaults["runs"], set(defaults["models"]), set(defaults["train_modes"])), (32, set(MODELS), {"centered", "shifted"}))
-
-    def test_parallel_seeds(self):
-        options = ("--models", "mobius_regular", "--runs", "3", "--lr", "1e-5", "--num_epochs", "1")
-        self.main(reproduce, *self.options(*options))
-        printed = self.main(reproduce, *self.options(*options, "--parallel_seeds", "2", "--results", self.folder / "parallel"))
-        self.assertIn("[3/3]", printed)
-        self.assertEqual(set(self.results()), set(self.results("parallel")))
-        for name, path in self.results().items():
-            alone, together = (json.loads(p.read_text())["epochs"][-1] for p in (path, self.results("parallel")[name]))
-            self.assertAlmostEqual(alone["train_loss"], together["train_loss"], places=4)
-
-    def test_a_group_that_stands_at_different_epochs(self):
-        study = self.study("--models", "mobius_regular", "--runs", "3")
-        for config, epoch in zip(study.configs, (1, 0, 1)):
-            if epoch:
-                self.finish(config, study.folder(config), stop_after=epoch)
-        self.main(reproduce, *self.options("--models", "mobius_regular", "--runs", "3", "--parallel_seeds", "3"))
-        self.assertEqual(len(self.results()), 3)
 
     def test_killed_at_any_moment(self):
         """Again and again: each run is finished once, exactly as if nothing had happened."""
@@ -162,16 +149,13 @@ class TestReproduce(RunsCase):
             log = (self.folder / "results" / "logs" / path.stem / "log.txt").read_text()
             self.assertLessEqual(log.count("test error:"), 2, name)  # twice, if it was killed before it was published
 
-    def start_ranks(self, processes, options):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+    def start_ranks(self, processes, options, **environment):
         ranks = []
         for rank in range(processes):
             output = self.folder / f"rank{rank}"
             output.unlink(missing_ok=True)
             ranks.append((Zygote.start("reproduce", options, output, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-                                       MASTER_ADDR="localhost", MASTER_PORT=str(port)), output))
+                                       **environment), output))
         return ranks
 
     def logs_of(self, results="results"):
@@ -233,6 +217,51 @@ class TestReproduce(RunsCase):
         self.assertEqual(len(self.results()), 4)
         self.assertIn("mobius_regular", printed.split("[4/4]")[1])
 
+    def options_without_data(self):
+        """The digits are scikit-learn's, and their npz is missing."""
+        return self.options("--dataset", "digits", "--models", "cnn_same_params", "--runs", "1",
+                            "--num_epochs", "1", "--batch_size", "512")[2:]
+
+    def printed_by(self, ranks):
+        return [output.read_text() if output.exists() else "" for _, output in ranks]
+
+    def test_ranks_without_data(self):
+        """One makes the data, the other waits for the lock and finds them."""
+        folder = self.folder / "data"
+        folder.mkdir()
+        with open(folder / ".mobius_digits.npz.lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            ranks = self.start_ranks(2, self.options_without_data(), DATA_FOLDER=str(folder))
+            time.sleep(1)
+            self.assertEqual(self.printed_by(ranks), ["", ""])
+        statuses = [Zygote.wait(*rank, seconds=100) for rank in ranks]
+        self.assertEqual([status for status, _ in statuses], [0, 0], statuses)
+        self.assertEqual(sum(printed.count("making ") for _, printed in statuses), 1, statuses)
+        self.assertEqual(len(self.results()), 1)
+        self.assertIn("[1/1]", statuses[0][1])
+
+    def test_a_rank_that_dies_making_the_data(self):
+        """The other one makes them, and trains the run."""
+        ranks = self.start_ranks(2, self.options_without_data(), DATA_FOLDER=str(self.folder / "data"))
+        end = time.monotonic() + 30
+        while not any(making := ["making " in printed for printed in self.printed_by(ranks)]) and time.monotonic() < end:
+            time.sleep(0.001)
+        killed = making.index(True)
+        os.kill(ranks[killed][0], signal.SIGKILL)
+        COUNTS["ranks lost"] += 1
+        statuses = [Zygote.wait(*rank, seconds=100) for rank in ranks]
+        self.assertEqual((statuses[killed][0], statuses[1 - killed][0]), (None, 0), statuses)
+        self.assertEqual(len(self.results()), 1)
+
+    def test_data_that_cannot_be_made(self):
+        (self.folder / "data").write_text("kept")
+        with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder / "data"):
+            self.assertFails(reproduce.main, *self.options_without_data(), contains="mobius_digits.npz.lock")
+        with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder / "new"), \
+                mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
+            self.assertFails(reproduce.main, *self.options_without_data(), contains=["cannot lock", "No locks available"])
+        self.assertEqual(self.results(), {})
+
     def test_data_that_cannot_be_had(self):
         """In every process, and none waits for another for ever."""
         options = self.options("--data", self.folder / "nowhere.npz")
@@ -242,7 +271,7 @@ class TestReproduce(RunsCase):
         self.assertNotIn("Traceback", printed + nothing)
 
     def test_a_run_that_diverges(self):
-        """The others are finished all the same, alone or in parallel."""
+        """The others are finished all the same."""
         build = train.build_model
 
         def build_bad(name, **kwargs):
@@ -251,20 +280,17 @@ class TestReproduce(RunsCase):
                 model.classifier[7].bias.data[0] = math.inf
             return model
 
-        for more in ((), ("--parallel_seeds", "3")):
-            shutil.rmtree(self.folder / "results", ignore_errors=True)
-            with mock.patch("train.build_model", build_bad):
-                error = self.assertFails(reproduce.main, *self.options("--runs", "3", "--num_epochs", "1", *more), status=1,
-                                         contains="mobius_regular-centered-seed1")
-            self.assertIn("nan at step 1 of 2", error)
-            self.assertEqual(len(self.results()), 5)
-            statuses = {path.parent.name: json.loads(path.read_text())["status"] for path in self.folder.glob("results/logs/*/result.json")}
-            self.assertEqual([name for name, status in statuses.items() if status == "diverged"], [name for name in statuses if
-                             "mobius_regular-centered-seed1" in name])
-            # It would again: it is not tried again.
-            with mock.patch("train.Run.train", side_effect=AssertionError):
-                self.assertFails(reproduce.main, *self.options("--runs", "3", "--num_epochs", "1", *more), status=1,
-                                 contains=["nan at step 1 of 2", "to try it again, delete"])
+        options = self.options("--runs", "3", "--num_epochs", "1")
+        with mock.patch("train.build_model", build_bad):
+            error = self.assertFails(reproduce.main, *options, status=1, contains="mobius_regular-centered-seed1")
+        self.assertIn("nan at step 1 of 2", error)
+        self.assertEqual(len(self.results()), 5)
+        statuses = {path.parent.name: json.loads(path.read_text())["status"] for path in self.folder.glob("results/logs/*/result.json")}
+        self.assertEqual([name for name, status in statuses.items() if status == "diverged"],
+                         [name for name in statuses if "mobius_regular-centered-seed1" in name])
+        # It would again: it is not tried again.
+        with mock.patch("train.Run.train", side_effect=AssertionError):
+            self.assertFails(reproduce.main, *options, status=1, contains=["nan at step 1 of 2", "to try it again, delete"])
         self.assertIn("Missing: 1 of 6 runs", self.main(reproduce, *self.options("--runs", "3", "--num_epochs", "1", "--table")))
 
     def test_table(self):
@@ -341,7 +367,7 @@ class TestReproduce(RunsCase):
                              (("--models", "mobius_signflip", "--runs", "5"), 8)):
             self.write_results(self.study(*options), lambda config, version: low + config.seed / 10)
         later = train.Config(**vars(self.study(*other).configs[0]) | {"seed": 5, "sign_eps": 1e-3})  # beyond --runs
-        self.write_results(reproduce.Study([later], self.folder / "results"), lambda config, version: 20)
+        self.write_results(Study([later], self.folder / "results"), lambda config, version: 20)
         self.study(*other).file(self.study(*other).configs[1]).unlink()
         text = self.main(reproduce, *self.options(*asked, "--table"))
         shifted = [line for line in text.splitlines() if line.startswith("mobius")][:4]
@@ -389,17 +415,17 @@ class TestReproduce(RunsCase):
         printed = self.main(train, "--eval_only", "--checkpoint", folder, "--data", self.data, "--device", "cpu")  # its checkpoint is deleted
         self.assertIn("mobius_regular, polyphase pooling, ", printed)
         stored = json.loads((folder / "result.json").read_text())
-        stored["config"] |= {"dataset": "digits", "test_mode": "centered", "precision": "bf16"}
+        stored["config"] |= {"dataset": "digits", "test_mode": "centered"}
         run_folder.write_json(folder / "result.json", stored)
         config = train.load_network(folder, {})[1]
-        self.assertEqual((config.dataset, config.test_mode, config.precision), ("digits", "centered", "bf16"))
+        self.assertEqual((config.dataset, config.test_mode), ("digits", "centered"))
         row, ours = json.loads(path.read_text())["rows"]
         self.assertEqual((ours["settings"]["pooling"], ours["changed"], ours["first_changed"]), ("polyphase", 0, []))
-        with mock.patch("reproduce.predict_at_every_shift", side_effect=AssertionError):  # it is there already
+        with mock.patch("study.shifts.predict_at_every_shift", side_effect=AssertionError):  # it is there already
             self.main(reproduce, *options, "--error_against_shift")
         path.write_text("{")
         self.assertFails(reproduce.main, *options, "--error_against_shift", contains=[str(path), "truncated"])
-        path.write_text(json.dumps({"rows": [row | {"sha256": "0"}]}))
+        path.write_text(json.dumps({"format": 1, "rows": [row | {"sha256": "0"}]}))
         self.assertFails(reproduce.main, *options, "--error_against_shift", contains=[str(path), "another digits.npz"])
         shutil.rmtree(self.folder / "results" / "logs")
         self.assertFails(reproduce.main, *options, "--error_against_shift", contains=["weights.pt", "take another --results folder"])
@@ -409,7 +435,6 @@ class TestReproduce(RunsCase):
         for options, contains in [
             (["--runs", "0"], ["runs", "at least 1"]),
             (["--runs", "many"], ["many"]),
-            (["--parallel_seeds", "0"], ["parallel_seeds"]),
             (["--models", "resnet"], ["resnet", "mobius_regular"]),
             (["--train_modes", "rotated"], ["rotated", "centered"]),
             (["--seed", "3"], ["--seed"]),
@@ -461,8 +486,6 @@ class TestReproduce(RunsCase):
             self.assertFails(reproduce.main, *self.options(), contains=["WORLD_SIZE=many", "torchrun"])
         with mock.patch.dict(os.environ, {"RANK": "3"}):
             self.assertFails(reproduce.main, *self.options(), contains=["RANK=3", "WORLD_SIZE=1"])
-        with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": "2"}):
-            self.assertFails(reproduce.main, *self.options(), contains=["2 processes do not find each other", "MASTER_ADDR"])
         with not_installed("scipy.stats"):
             study = self.study("--runs", "5")
             self.write_results(study, lambda config, version: 1 + config.seed)
