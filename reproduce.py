@@ -24,7 +24,7 @@ import torch
 from convert_mnist import CommandLine
 from models import MODELS
 from run_folder import BadCheckpoint, say
-from study.runs import DEFAULTS, RESULTS, Study, load_data, train_all
+from study.runs import OTHER_DEFAULTS, RESULTS, Study, load_data, train_all
 from study.shifts import check_weights, measure_error_against_shift
 from study.table import PAPER_RUNS, table
 from train import (
@@ -58,7 +58,7 @@ def plan(runs: int, models: list[str], train_modes: list[str], options: dict) ->
     """
     if runs < 1:
         raise ValueError(f"runs must be at least 1, got {runs}")
-    options = DEFAULTS | follow_recipe(options)
+    options = OTHER_DEFAULTS | follow_recipe(options)
     return [Config(model=model, train_mode=mode, seed=seed, **options) for seed in range(runs)
             for mode in dict.fromkeys(train_modes) for model in dict.fromkeys(models)]
 
@@ -96,7 +96,7 @@ def command_line() -> CommandLine:
     add("--error_against_shift", action="store_true",
         help="test finished networks on digits moved by each isometry, train nothing; "
              "writes error_against_shift.json")
-    add_train_options(parser, "model", "train_mode", "seed", "log_dir", **DEFAULTS)
+    add_train_options(parser, "model", "train_mode", "seed", "log_dir", **OTHER_DEFAULTS)
     return parser
 
 

@@ -14,7 +14,7 @@ from nn_layers import MobiusConv
 from run_folder import say, write_json
 from study.features import NetworkFeatures, features_and_shift
 from study.gradients import EPOCHS, FORMAT, measure_gradient_norms
-from study.runs import DEFAULTS, Study, read_results_file
+from study.runs import OTHER_DEFAULTS, Study, read_results_file
 from study.shifts import read_error_against_shift
 from study.table import PAPER_RUNS, Cell
 from train import (
@@ -136,7 +136,7 @@ class Material:
         They are those of all finished runs of the paper's protocol in bfloat16.
         """
         cells = [(model, mode) for model in MODELS for mode in TRAIN_MODES]
-        configs = [Config(model, train_mode=mode, seed=seed, precision="bf16", **DEFAULTS)
+        configs = [Config(model, train_mode=mode, seed=seed, precision="bf16", **OTHER_DEFAULTS)
                    for model, mode in cells for seed in range(PAPER_RUNS)]
         study = Study(configs, self.options.results)
         errors = {cell: Cell(study, *cell, "shifted").errors for cell in cells}
@@ -162,7 +162,8 @@ class Material:
         """
         best, most = None, 0
         for precision in PRECISIONS:
-            configs = [Config(name, precision=precision, **DEFAULTS) for name in NETWORKS.values()]
+            configs = [Config(name, precision=precision, **OTHER_DEFAULTS)
+                       for name in NETWORKS.values()]
             study = Study(configs, self.options.results)
             results = [study.result(config) for config in configs]
             tested = min(sum("test_error_shifted" in record for record in result["epochs"])

@@ -22,7 +22,7 @@ from run_folder import BadCheckpoint, Busy, read_json, read_result, say, write_j
 from train import RECIPES, REPORTING, Config, Data, Diverged, Run, find_data
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-DEFAULTS = {"eval_freq": 0, "tensorboard": False}  # where they differ from train.py's
+OTHER_DEFAULTS = {"eval_freq": 0, "tensorboard": False}  # than train.py's
 IN_EVERY_NAME = ("dataset", "model", "train_mode", "seed")
 
 
