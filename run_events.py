@@ -29,9 +29,9 @@ class RunEvents:
 
     def __init__(self, path, epoch: int) -> None:
         new_writer = summary_writer()
-        import pictures
+        from study import figures
 
-        self._pictures = pictures
+        self._figures = figures
         self.continued = epoch > 0 and any(Path(path, "pictures").glob("events.*"))
         self._writer = new_writer(path, purge_step=1)
         self._picture_writer = new_writer(Path(path, "pictures"), purge_step=epoch)
@@ -46,11 +46,11 @@ class RunEvents:
         self._picture_writer.flush()
 
     def kernels(self, model: nn.Module, epoch: int) -> None:
-        self._picture("network/kernels of the first layer", self._pictures.first_kernels(model, COLUMNS), epoch)
+        self._picture("network/kernels of the first layer", self._figures.first_kernels(model, COLUMNS), epoch)
 
     def digits(self, name: str, split: Split) -> None:
         images, labels = (part[:SHOWN].cpu() for part in split)
-        figure = self._pictures.digits(images, [str(label) for label in labels.tolist()], COLUMNS)
+        figure = self._figures.digits(images, [str(label) for label in labels.tolist()], COLUMNS)
         self._picture(f"digits/{name}", figure, 0)
 
     def misclassified(self, name: str, split: Split, predictions: Tensor, epoch: int) -> None:
@@ -59,12 +59,12 @@ class RunEvents:
         title = f"{len(wrong):,} of {len(predictions):,} {name} test digits are misclassified"
         wrong = wrong[:SHOWN]
         titles = [f"{label} as {prediction}" for label, prediction in zip(split.labels[wrong].tolist(), predictions[wrong].tolist())]
-        figure = self._pictures.digits(split.images[wrong].cpu(), titles, COLUMNS, title)
+        figure = self._figures.digits(split.images[wrong].cpu(), titles, COLUMNS, title)
         self._picture(f"network/misclassified {name} test digits", figure, epoch)
 
     def error_against_shift(self, row: dict, digits: int, epoch: int) -> None:
         """Of the first `digits` test digits, moved by each isometry; `row` as in error_against_shift.json."""
-        figure = self._pictures.error_against_shift([row], CARD)
+        figure = self._figures.error_against_shift([row], CARD)
         figure.axes[0].set_ylabel(f"error in % of {digits} test digits")
         self._picture("network/error against shift", figure, epoch)
 

@@ -139,8 +139,8 @@ class Zygote:
     """
 
     CODE = """
-import faulthandler, json, os, signal, sys, traceback
-import torch, train, reproduce
+import faulthandler, json, os, pathlib, signal, sys, traceback
+import convert_mnist, torch, train, reproduce
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -148,6 +148,8 @@ for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         os.environ.update(environment)
+        if "DATA_FOLDER" in environment:
+            convert_mnist.DATA_FOLDER = pathlib.Path(environment["DATA_FOLDER"])
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2)
         faulthandler.register(signal.SIGUSR1)

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import convert_mnist
-import pictures
 import reproduce
 from fields import isometry_action
 from models import MODELS, build_model, count_parameters
 from nn_layers import POOLINGS, MobiusConv
+from study import figures
+from study.features import features_and_shift
 from tests.reference import DOUBLE, act, channels, features, randomized, reference_cover
 from tests.support import ROWS, Case
 
@@ -27,7 +28,11 @@ class TestPictures(Case):
     @staticmethod
     def images(figure) -> list[torch.Tensor]:
         """Shown in a figure, in the order in which it was given them."""
-        return [torch.from_numpy(np.asarray(image.get_array())) for axes in figure.axes for image in axes.images]
+        return [
+            torch.from_numpy(np.asarray(image.get_array()))
+            for axes in figure.axes
+            for image in axes.images
+        ]
 
     def assertShows(self, figure, expected):
         shown = self.images(figure)
@@ -36,31 +41,42 @@ class TestPictures(Case):
             self.assertClose(image, there.float(), tolerance=1e-6)
 
     def test_strip_in_space(self):
-        """Its ends meet with a twist, its pixels are as large as they should be, and it shows the digit moved by the isometry."""
-        corners = torch.from_numpy(pictures._corners(6, 40))
+        """Its ends meet with a twist, its pixels have their size, it shows the moved digit."""
+        corners = torch.from_numpy(figures._corners(6, 40))
         self.assertClose(corners[:, :, -1], corners[:, :, 0].flip(1))
-        self.assertClose((corners[:, 1:] - corners[:, :-1]).norm(dim=0), torch.ones(6, 41, dtype=DOUBLE))
-        self.assertClose((corners[:, 3, 1:] - corners[:, 3, :-1]).norm(dim=0), torch.ones(40, dtype=DOUBLE), tolerance=0.01)
+        self.assertClose((corners[:, 1:] - corners[:, :-1]).norm(dim=0),
+                         torch.ones(6, 41, dtype=DOUBLE))
+        self.assertClose((corners[:, 3, 1:] - corners[:, 3, :-1]).norm(dim=0),
+                         torch.ones(40, dtype=DOUBLE), tolerance=0.01)
         digit = torch.rand(1, 1, 6, 6)
         with mock.patch("mpl_toolkits.mplot3d.Axes3D.plot_surface") as plot_surface:
-            figure = pictures.strips_in_space(digit, [0, 3, 12, 17], length=12)
+            figure = figures.strips_in_space(digit, [0, 3, 12, 17], length=12)
         long = torch.cat([digit, torch.zeros(1, 1, 6, 6)], dim=3)
         for call, shift in zip(plot_surface.mock_calls, (0, 3, 12, 17), strict=True):
             drawn = call.kwargs["facecolors"]
-            ink = pictures.INK(isometry_action(long, shift, (1, 0, 0))[0, 0].numpy())
+            ink = figures.INK(isometry_action(long, shift, (1, 0, 0))[0, 0].numpy())
             shade = (drawn / ink)[..., :3]
-            self.assertLess(np.ptp(shade, axis=2).max(), 1e-6)  # what the light does, it does to all three colours alike
+            # Light changes all three colours alike.
+            self.assertLess(np.ptp(shade, axis=2).max(), 1e-6)
             self.assertTrue((0.5 < shade).all() and (shade <= 1.001).all())
-        self.assertEqual([text.get_text() for text in figure.texts], ["t = 0", "t = 3", "t = 12", "t = 17"])
+        self.assertEqual([text.get_text() for text in figure.texts],
+                         ["t = 0", "t = 3", "t = 12", "t = 17"])
 
     def test_digits(self):
         centered = torch.rand(3, 1, 4, 6)
         shifts = torch.tensor([1, 6, 11])
-        figure = pictures.centered_and_shifted(centered, isometry_action(centered, shifts, (1, 0, 0)), shifts, torch.tensor([7, 0, 9]))
-        self.assertShows(figure, [*centered[:, 0], *(isometry_action(x, t, (1, 0, 0))[0, 0] for x, t in zip(centered.split(1), (1, 6, 11)))])
-        self.assertEqual([axes.get_title() for axes in figure.axes], ["7", "0", "9", "t = 1", "t = 6", "t = 11"])
+        figure = figures.centered_and_shifted(centered,
+                                              isometry_action(centered, shifts, (1, 0, 0)), shifts,
+                                              torch.tensor([7, 0, 9]))
+        self.assertShows(figure, [
+            *centered[:, 0],
+            *(isometry_action(x, t, (1, 0, 0))[0, 0] for x, t in zip(centered.split(1), (1, 6, 11)))
+        ])
+        self.assertEqual([axes.get_title() for axes in figure.axes],
+                         ["7", "0", "9", "t = 1", "t = 6", "t = 11"])
         for n in (0, 1, 5):  # no empty frames are left
-            some = pictures.digits(torch.zeros(n, 1, 4, 6), ["x"] * n, columns=4, title="some are wrong")
+            some = figures.digits(torch.zeros(n, 1, 4, 6), ["x"] * n, columns=4,
+                                  title="some are wrong")
             self.assertEqual((len(self.images(some)), some.get_suptitle()), (n, "some are wrong"))
             self.assertEqual([len(axes.images) for axes in some.axes if axes.axison], [1] * n)
 
@@ -68,28 +84,36 @@ class TestPictures(Case):
         for fields in ((1, 1, 1), (0, 1, 2)):
             x = features(fields, 6, 8, n=1)
             c = channels(fields)
-            self.assertShows(pictures.gauge_transformation(x, fields), [*x[0], *act(fields, x)[0]])
-            figure = pictures.transport_padding(x, fields, pad=2)
+            self.assertShows(figures.gauge_transformation(x, fields), [*x[0], *act(fields, x)[0]])
+            figure = figures.transport_padding(x, fields, pad=2)
             self.assertShows(figure, F.pad(reference_cover(x, fields, -2, 10), (0, 0, 2, 2))[0])
-            for axes, name in zip(figure.axes, ["triv"] * fields[0] + ["sign"] * fields[1] + ["reg"] * 2 * fields[2], strict=True):
+            types = ["triv"] * fields[0] + ["sign"] * fields[1] + ["reg"] * 2 * fields[2]
+            for axes, name in zip(figure.axes, types, strict=True):
                 frames = [patch for patch in axes.patches if not patch.get_fill()]
-                places = [(frame.get_x() + 0.5, frame.get_y() + 0.5, frame.get_width(), frame.get_height()) for frame in frames]
+                places = [(frame.get_x() + 0.5, frame.get_y() + 0.5, frame.get_width(),
+                           frame.get_height()) for frame in frames]
                 # What was padded on both sides, and the columns of the strip from which it came.
                 self.assertEqual(places, [(0, 2, 2, 6), (10, 2, 2, 6), (2, 2, 2, 6), (8, 2, 2, 6)])
-                self.assertEqual({matplotlib.colors.to_hex(frame.get_edgecolor()).upper() for frame in frames}, {pictures.TYPE_COLOURS[name]})
+                self.assertEqual(
+                    {matplotlib.colors.to_hex(frame.get_edgecolor()).upper()
+                     for frame in frames}, {figures.TYPE_COLOURS[name]})
                 low, high = axes.images[0].get_clim()
                 self.assertEqual(low, -high)
             self.assertEqual(len(figure.axes), c)
         x = features((1, 1, 1), 6, 8, n=1)
-        self.assertEqual([axes.get_xlabel() for axes in pictures.gauge_transformation(x, (1, 1, 1)).axes if axes.get_xlabel()],
-                         ["as it was", "negated", "was the 2nd", "was the 1st"])
-        self.assertEqual([axes.get_xlabel() for axes in pictures.transport_padding(x, (1, 1, 1), 2).axes],
-                         ["flipped", "flipped and negated", "flipped 2nd channel", "flipped 1st channel"])
+        self.assertEqual([
+            axes.get_xlabel()
+            for axes in figures.gauge_transformation(x, (1, 1, 1)).axes
+            if axes.get_xlabel()
+        ], ["as it was", "negated", "was the 2nd", "was the 1st"])
+        self.assertEqual(
+            [axes.get_xlabel() for axes in figures.transport_padding(x, (1, 1, 1), 2).axes],
+            ["flipped", "flipped and negated", "flipped 2nd channel", "flipped 1st channel"])
 
     def test_kernels(self):
         """Each block of the table has the symmetry that stands above it."""
         conv = randomized(MobiusConv((1, 1, 1), (1, 1, 1), 5))
-        figure = pictures.steerable_kernels(conv)
+        figure = figures.steerable_kernels(conv)
         shown = [row for row in torch.stack(self.images(figure)).view(4, 4, 5, 5)]  # from, to
         (tt, ts, tr1, tr2), (st, ss, sr1, sr2), (rt1, rs1, k11, k21), (rt2, rs2, k12, k22) = shown
 
@@ -100,82 +124,125 @@ class TestPictures(Case):
             self.assertTrue(torch.equal(flip(kernel), kernel))
         for kernel in (ts, st):
             self.assertTrue(torch.equal(flip(kernel), -kernel))
-        for second, expected in ((tr2, flip(tr1)), (sr2, -flip(sr1)), (rt2, flip(rt1)), (rs2, -flip(rs1)), (k22, flip(k11)), (k21, flip(k12))):
+        for second, expected in ((tr2, flip(tr1)), (sr2, -flip(sr1)), (rt2, flip(rt1)),
+                                 (rs2, -flip(rs1)), (k22, flip(k11)), (k21, flip(k12))):
             self.assertTrue(torch.equal(second, expected))
         self.assertGreater(min(kernel.abs().max().item() for row in shown for kernel in row), 0.1)
         self.assertEqual([text.get_text() for text in figure.texts], [
-            "scalar → scalar\nsymmetric", "scalar → sign-flip\nantisymmetric", "scalar → regular\nK, flip K",
-            "sign-flip → scalar\nantisymmetric", "sign-flip → sign-flip\nsymmetric", "sign-flip → regular\nK, −flip K",
-            "regular → scalar\n(K, flip K)", "regular → sign-flip\n(K, −flip K)", "regular → regular\n(K, M), (flip M, flip K)",
+            "scalar → scalar\nsymmetric",
+            "scalar → sign-flip\nantisymmetric",
+            "scalar → regular\nK, flip K",
+            "sign-flip → scalar\nantisymmetric",
+            "sign-flip → sign-flip\nsymmetric",
+            "sign-flip → regular\nK, −flip K",
+            "regular → scalar\n(K, flip K)",
+            "regular → sign-flip\n(K, −flip K)",
+            "regular → regular\n(K, M), (flip M, flip K)",
         ])
         # From one type to one, all fields of it.
         conv = MobiusConv((0, 0, 2), (2, 0, 0), 3)
-        self.assertShows(pictures.steerable_kernels(conv), conv.expand_kernel().transpose(0, 1).flatten(0, 1))
+        self.assertShows(figures.steerable_kernels(conv),
+                         conv.expand_kernel().transpose(0, 1).flatten(0, 1))
 
     def test_first_kernels(self):
         model = build_model("mobius_mixed")
-        figure = pictures.first_kernels(model)
+        figure = figures.first_kernels(model)
         kernels = torch.stack(self.images(figure))
         first = torch.arange(8, 16, 2)  # regular fields: their two channels side by side
         self.assertClose(kernels[first + 1], kernels[first].flip(1))
         self.assertClose(kernels[:4], kernels[:4].flip(1))
-        self.assertEqual(sorted(kernels.flatten().tolist()), sorted(model.mobius_cnn[0].expand_kernel().flatten().tolist()))
+        self.assertEqual(sorted(kernels.flatten().tolist()),
+                         sorted(model.mobius_cnn[0].expand_kernel().flatten().tolist()))
         cnn = build_model("cnn_same_params")
-        self.assertShows(pictures.first_kernels(cnn, columns=4), cnn.cnn[1].weight.detach()[:, 0])
+        self.assertShows(figures.first_kernels(cnn, columns=4), cnn.cnn[1].weight.detach()[:, 0])
 
     def test_models(self):
-        figure = pictures.model_table()
+        figure = figures.model_table({name: build_model(name) for name in MODELS})
         (axes,) = figure.axes
-        self.assertEqual([label.get_text() for label in axes.get_yticklabels()], list(pictures.LABELS.values()))
+        self.assertEqual([label.get_text() for label in axes.get_yticklabels()],
+                         list(figures.LABELS.values()))
         numbers = [text.get_text() for text in axes.texts]
         for name in MODELS:
             self.assertIn(f"{count_parameters(build_model(name)):,}", numbers)
-        of_mixed = [text.get_text() for text in axes.texts if text.get_position()[1] == list(MODELS).index("mobius_mixed")]
-        self.assertEqual(of_mixed[:-1], [str(n) for n in (4, 8, 16, 32, 64) for _ in range(3)] + ["64"])
+        of_mixed = [
+            text.get_text()
+            for text in axes.texts
+            if text.get_position()[1] == list(MODELS).index("mobius_mixed")
+        ]
+        self.assertEqual(of_mixed[:-1],
+                         [str(n) for n in (4, 8, 16, 32, 64) for _ in range(3)] + ["64"])
         bars = collections.defaultdict(list)  # of each row
         for bar in axes.patches:
             bars[round(bar.get_y() + bar.get_height() / 2)].append(bar)
         channels_of = [16, 32, 64, 128, 256, 64]
         mixed = [bar.get_width() for bar in bars[list(MODELS).index("mobius_mixed")]]
-        self.assertClose(torch.tensor(mixed[:3]), torch.tensor([0.23, 0.23, 0.46], dtype=DOUBLE), tolerance=1e-6)
+        self.assertClose(torch.tensor(mixed[:3]), torch.tensor([0.23, 0.23, 0.46], dtype=DOUBLE),
+                         tolerance=1e-6)
         few = [bar.get_width() / 0.92 * n for bar, n in zip(bars[1], channels_of, strict=True)]
-        self.assertClose(torch.tensor(few), torch.tensor([11.0, 22, 45, 90, 181, 64], dtype=DOUBLE), tolerance=1e-4)
+        self.assertClose(torch.tensor(few), torch.tensor([11.0, 22, 45, 90, 181, 64], dtype=DOUBLE),
+                         tolerance=1e-4)
 
     def test_equivariance(self):
-        """No difference in any layer of a gauge CNN, of each mode and either pooling; in each layer of the CNN one."""
+        """No layer of a gauge CNN has a difference, with either pooling; each of the CNN has."""
         image = convert_mnist.load_digits()[0].images[:1].double()
         for name in MODELS:
             for pooling in POOLINGS:
                 model = build_model(name, pooling=pooling).double().eval()
-                layers = pictures.features_and_shift(model, image, 16)
-                self.assertEqual([tuple(layer.of_digit.shape[2:]) for layer in layers], [(28, 28)] * 2 + [(14, 14)] * 2 + [(7, 7)] * 3)
-                differences = [layer.difference.abs().max().item() / layer.of_digit.abs().max().item() for layer in layers]
-                self.assertTrue(torch.equal(layers[0].of_shifted_digit, isometry_action(image, 16, (1, 0, 0))))
+                layers, _ = features_and_shift(model, image, 16)
+                self.assertEqual([tuple(layer.of_digit.shape[2:]) for layer in layers],
+                                 [(28, 28)] * 2 + [(14, 14)] * 2 + [(7, 7)] * 3)
+                differences = [
+                    layer.difference.abs().max().item() / layer.of_digit.abs().max().item()
+                    for layer in layers
+                ]
+                self.assertTrue(
+                    torch.equal(layers[0].of_shifted_digit, isometry_action(image, 16, (1, 0, 0))))
                 if name.startswith("mobius"):
                     self.assertLess(max(differences), 1e-12, f"{name}, {pooling}")
                 else:
                     self.assertGreater(min(differences[1:]), 0.1, f"{name}, {pooling}")
         with self.assertRaisesRegex(ValueError, "multiple of 4"):
-            pictures.features_and_shift(model, image, 6)
-        models = {name: build_model(name).double() for name in ("mobius_regular", "cnn_same_channels")}
-        figure = pictures.equivariance(models, image, 16)
-        for part, (name, model) in zip(figure.subfigs, models.items(), strict=True):
+            features_and_shift(model, image, 6)
+        with mock.patch.object(model, "forward", lambda x: torch.eye(10)[[int(x.equal(image))]]):
+            self.assertEqual(features_and_shift(model, image, 16).classes, (1, 0))
+        models = {
+            name: build_model(name).double()
+            for name in ("mobius_regular", "cnn_same_channels")
+        }
+        networks = {name: features_and_shift(model, image, 16) for name, model in models.items()}
+        figure = figures.equivariance(networks)
+        for part, (name, (layers, classes)) in zip(figure.subfigs, networks.items(), strict=True):
             shown = self.images(part)  # row by row
-            for i, layer in enumerate(pictures.features_and_shift(model, image, 16)):
-                channel = max(range(layer.of_digit.shape[1]), key=lambda c: layer.of_digit[0, c].std().item())
+            for i, layer in enumerate(layers):
+                channel = max(range(layer.of_digit.shape[1]),
+                              key=lambda c: layer.of_digit[0, c].std().item())
                 for row, there in enumerate((*layer, layer.difference)):
-                    self.assertClose(shown[7 * row + i], there[0, channel].detach().float(), tolerance=1e-6)
+                    self.assertClose(shown[7 * row + i], there[0, channel].detach().float(),
+                                     tolerance=1e-6)
                 largest = layer.difference.abs().max() / layer.of_digit.abs().max()
                 self.assertEqual(part.axes[21 + i].get_xlabel(), f"{largest.item():.2g}")
-            self.assertIn(pictures.LABELS[name], part.get_suptitle())
+            self.assertEqual(
+                part.get_suptitle(),
+                f"{figures.LABELS[name]}: the digit is classified as {classes[0]}, "
+                f"shifted as {classes[1]}"
+            )
 
     def test_results(self):
-        errors = {("mobius_regular", "centered"): [1.3, 1.4], ("mobius_regular", "shifted"): [1.2], ("cnn_same_channels", "centered"): [43.0]}
-        figure = pictures.results(errors, reproduce.PAPER)
-        self.assertEqual([label.get_text() for label in figure.axes[0].get_yticklabels()], ["CNN (channels)", "gauge CNN (regular)"])
+        errors = {("mobius_regular", "centered"): [1.3, 1.4], ("mobius_regular", "shifted"): [1.2],
+                  ("cnn_same_channels", "centered"): [43.0]}
+        figure = figures.results(errors, reproduce.PAPER)
+        self.assertEqual([label.get_text() for label in figure.axes[0].get_yticklabels()],
+                         ["CNN (channels)", "gauge CNN (regular)"])
         for axes, mode in zip(figure.axes, ("centered", "shifted"), strict=True):
-            dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
-            self.assertEqual(dots, [errors[key] for key in (("cnn_same_channels", mode), ("mobius_regular", mode)) if key in errors])
+            dots = [
+                list(line.get_xdata())
+                for line in axes.lines
+                if line.get_marker() == "o" and len(line.get_xdata())
+            ]
+            self.assertEqual(dots, [
+                errors[key] for key in (("cnn_same_channels", mode),
+                                        ("mobius_regular", mode)) if key in errors
+            ])
             mean, std = reproduce.PAPER["mobius_regular"][mode]
             bar = axes.patches[1]
             self.assertAlmostEqual(bar.get_x(), mean - std)
@@ -183,8 +250,12 @@ class TestPictures(Case):
 
     def test_error_against_shift(self):
         """The curves are the means over the seeds."""
-        (axes,) = pictures.error_against_shift(ROWS).axes
-        curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) == 56}
+        (axes,) = figures.error_against_shift(ROWS).axes
+        curves = {
+            line.get_label(): list(line.get_ydata())
+            for line in axes.lines
+            if len(line.get_ydata()) == 56
+        }
         self.assertEqual(curves, {
             "CNN (channels)": [float(2 + shift) for shift in range(56)],
             "gauge CNN (regular)": [1.25] * 56,
@@ -192,24 +263,52 @@ class TestPictures(Case):
         })
         self.assertEqual([text.get_text() for text in axes.get_legend().get_texts()], list(curves))
         self.assertEqual(axes.get_legend().get_title().get_text(), "trained on centered digits")
-        # The same settings have the same kind of line, in whatever order they come; the digits are told where they differ.
+        # The same settings have the same kind of line, in any order of the rows. Labels name the
+        # training digits where they differ.
         rows = [ROWS[3], ROWS[2], ROWS[0], ROWS[0] | {"train_mode": "shifted"}]
-        (axes,) = pictures.error_against_shift(rows).axes
-        self.assertEqual({line.get_label(): line.get_linestyle() for line in axes.lines if len(line.get_ydata()) == 56}, {
-            "CNN (channels), trained on centered digits": "-", "CNN (channels), trained on shifted digits": "--",
-            "gauge CNN (regular), trained on centered digits": "-",
-            "gauge CNN (regular), pooling polyphase, trained on centered digits": "--",
-        })
+        (axes,) = figures.error_against_shift(rows).axes
+        self.assertEqual(
+            {
+                line.get_label(): line.get_linestyle()
+                for line in axes.lines
+                if len(line.get_ydata()) == 56
+            }, {
+                "CNN (channels), trained on centered digits": "-",
+                "CNN (channels), trained on shifted digits": "--",
+                "gauge CNN (regular), trained on centered digits": "-",
+                "gauge CNN (regular), pooling polyphase, trained on centered digits": "--",
+            })
         # A network without errors can be drawn too.
         for errors in ([0.0] * 56, [0.0, 2.0] * 28):
-            (axes,) = pictures.error_against_shift([ROWS[2] | {"errors": errors}]).axes
+            (axes,) = figures.error_against_shift([ROWS[2] | {"errors": errors}]).axes
             self.assertEqual((axes.get_yscale(), axes.get_ylim()[0]), ("linear", 0))
 
+    def test_gradient_norm(self):
+        curves = [{"config": {"sign_eps": sign_eps, "num_epochs": 2}, "norms": norms}
+                  for sign_eps, norms in ((0.0, [3.0, 2.0, 1.0, 0.5]),
+                                          (1e-8, [3.0, 2000.0, 10.0, 300.0]))]
+        (axes,) = figures.gradient_norm(curves).axes
+        drawn = {
+            line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+            for line in axes.lines[:2]
+        }
+        steps = [1, 2, 3, 4]
+        self.assertEqual(drawn, {"sign(x)": (steps, curves[0]["norms"]),
+                                 "x / (|x| + 1e-08)": (steps, curves[1]["norms"])})
+        self.assertEqual(axes.get_yscale(), "log")
+        self.assertEqual((axes.texts[0].get_text(), axes.texts[0].xy[0]), ("epoch 2", 2.5))
+
     def test_training_curves(self):
-        records = [{"epoch": epoch, "train_error": 100.0 / epoch} | ({"test_error_shifted": 50.0 / epoch} if epoch % 2 == 0 else {})
+        records = [{"epoch": epoch, "train_error": 100.0 / epoch} |
+                   ({"test_error_shifted": 50.0 / epoch} if epoch % 2 == 0 else {})
                    for epoch in (1, 2, 3, 4)]
-        (axes,) = pictures.training_curves([{"config": {"model": "mobius_regular"}, "epochs": records}]).axes
-        curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
-        self.assertEqual(curves["gauge CNN (regular): training digits, with dropout"], ([1, 2, 3, 4], [100.0, 50.0, 100 / 3, 25.0]))
+        (axes,) = figures.training_curves(
+            [{"config": {"model": "mobius_regular"}, "epochs": records}]).axes
+        curves = {
+            line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+            for line in axes.lines
+        }
+        self.assertEqual(curves["gauge CNN (regular): training digits, with dropout"],
+                         ([1, 2, 3, 4], [100.0, 50.0, 100 / 3, 25.0]))
         self.assertEqual(curves["gauge CNN (regular): shifted test digits"], ([2, 4], [25.0, 12.5]))
         self.assertEqual(len(curves), 3)

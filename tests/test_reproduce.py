@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import errno
+import fcntl
 import io
 import itertools
 import json
@@ -10,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,10 +22,12 @@ from unittest import mock
 import numpy as np
 import torch
 
+import convert_mnist
 import reproduce
 import run_folder
 import train
 from models import MODELS
+from study.runs import Study, run_name
 from tests.support import COUNTS, ROOT, RunsCase, Zygote, not_installed
 
 
@@ -32,12 +35,18 @@ class TestReproduce(RunsCase):
     KILLS = 6
 
     def options(self, *more):
-        return ["--data", self.data, "--results", self.folder / "results", "--batch_size", self.BATCH, "--num_epochs", "2", "--device", "cpu",
-                "--models", "mobius_regular", "cnn_same_params", "--train_modes", "centered", "--runs", "2", *more]
+        return [
+            "--data", self.data, "--results", self.folder / "results", "--batch_size", self.BATCH,
+            "--num_epochs", "2", "--device", "cpu", "--models", "mobius_regular", "cnn_same_params",
+            "--train_modes", "centered", "--runs", "2", *more
+        ]
 
     def study(self, *more):
-        options = vars(reproduce.command_line().parse_args([str(option) for option in self.options(*more)]))
-        return reproduce.plan({key: value for key, value in options.items() if key not in ("table", "error_against_shift")})[0]
+        options = vars(reproduce.command_line().parse_args(
+            [str(option) for option in self.options(*more)]))
+        runs, models, train_modes, results, _, _ = (options.pop(name) for name in (
+            "runs", "models", "train_modes", "results", "table", "error_against_shift"))
+        return Study(reproduce.plan(runs, models, train_modes, options), results)
 
     def results(self, folder="results"):
         return {path.name: path for path in (self.folder / folder / "runs").glob("*.json")}
@@ -46,8 +55,10 @@ class TestReproduce(RunsCase):
         """Results as train.py leaves them, with test errors `error(config, version)`."""
         for config in study.configs:
             errors = {version: float(error(config, version)) for version in config.test_versions}
-            run_folder.write_json(study.file(config), {"status": "finished", "config": config.protocol(), "epochs": [], "parameters": 1,
-                                                       "environment": {}, "data": {"sha256": "0"}, "test_error": errors, "seconds": 1.0})
+            run_folder.write_json(study.file(config), {
+                "status": "finished", "config": config.protocol(), "parameters": 1, "epochs": [],
+                "environment": {}, "data": {"sha256": "0"}, "test_error": errors, "seconds": 1.0,
+            })
 
     def test_runs_are_those_of_train(self):
         printed = self.main(reproduce, *self.options())
@@ -59,8 +70,9 @@ class TestReproduce(RunsCase):
             folder = self.folder / "results" / "logs" / name
             stored = json.loads((self.folder / "results" / "runs" / f"{name}.json").read_text())
             self.assertSameTree(stored, json.loads((alone / "result.json").read_text()), name)
-            self.assertNotIn(str(self.folder), json.dumps(stored))  # paths of this machine are nobody's business
-            self.assertSameTree(torch.load(folder / "weights.pt", weights_only=True), torch.load(alone / "weights.pt", weights_only=True), name)
+            self.assertNotIn(str(self.folder), json.dumps(stored))  # no paths of this machine
+            self.assertSameTree(torch.load(folder / "weights.pt", weights_only=True),
+                                torch.load(alone / "weights.pt", weights_only=True), name)
             self.assertFalse((folder / "checkpoint.pt").exists())
             errors = [f"{version} {error:.2f} %" for version, error in stored["test_error"].items()]
             self.assertRegex(printed, rf"\[./4\] {name}: {', '.join(errors)} \(\d+ s\)")
@@ -73,55 +85,51 @@ class TestReproduce(RunsCase):
         # More of them: only those.
         printed = self.main(reproduce, *self.options("--runs", "3"))
         self.assertIn("6 runs: 4 finished, 2 to do", printed)
-        self.assertEqual({name: content for name, content in self.files().items() if name in before}, before)
+        after = self.files()
+        self.assertEqual({name: after.get(name) for name in before}, before)
 
     def test_plan(self):
-        study = self.study("--models", *MODELS, "--train_modes", "centered", "shifted", "--runs", "32", "--precision", "bf16", "--lr", "0.01")
+        study = self.study("--models", *MODELS, "--train_modes", "centered", "shifted", "--runs",
+                           "32", "--precision", "bf16", "--lr", "0.01")
         self.assertEqual(len(set(study.configs)), 7 * 2 * 32)
         self.assertEqual(len({study.file(config) for config in study.configs}), 7 * 2 * 32)
-        self.assertEqual({(config.precision, config.lr, config.num_epochs) for config in study.configs}, {("bf16", 0.01, 2)})
-        self.assertEqual([config.seed for config in study.configs], sorted(config.seed for config in study.configs))
+        settings = {(config.precision, config.lr, config.num_epochs) for config in study.configs}
+        self.assertEqual(settings, {("bf16", 0.01, 2)})
+        self.assertEqual([config.seed for config in study.configs],
+                         sorted(config.seed for config in study.configs))
         # Every setting that makes a difference makes another file, whatever its value.
-        other = {"num_epochs": 3, "batch_size": 8, "weight_decay": 0.1, "lr": 0.1, "lr_decay_period": 1, "lr_decay_factor": 3,
-                 "precision": "bf16", "test_mode": "shifted", "dataset": "digits", "pooling": "polyphase", "lr_schedule": "cosine",
-                 "warmup_epochs": 1, "deformation": 0.5, "stroke_width": 0.2, "scaling": 0.2, "dropout": 0.1, "label_smoothing": 0.1,
-                 "optimizer": "muon"}
-        self.assertEqual(set(train.Config("mobius_regular").protocol()) - {"model", "train_mode", "seed", "eval_freq"}, set(other))
-        configs = [train.Config("mobius_regular", **{key: value}) for key, value in 
+        other = {
+            "num_epochs": 3, "batch_size": 8, "weight_decay": 0.1, "lr": 0.1, "lr_decay_period": 1,
+            "lr_decay_factor": 3, "precision": "bf16", "test_mode": "shifted", "dataset": "digits",
+            "pooling": "polyphase", "lr_schedule": "cosine", "warmup_epochs": 1, "deformation": 0.5,
+            "stroke_width": 0.2, "scaling": 0.2, "dropout": 0.1, "label_smoothing": 0.1,
+            "optimizer": "muon", "sign_eps": 1e-8
+        }
+        named = {"model", "train_mode", "seed", "eval_freq"}
+        self.assertEqual(set(train.Config("mobius_mixed").protocol()) - named, set(other))
+        configs = [train.Config("mobius_mixed", **{key: value}) for key, value in
                    (other | {"data": "my.npz", "train_mode": "shifted", "seed": 1}).items()]
-        self.assertEqual(len({reproduce.run_name(config) for config in (*configs, train.Config("mobius_regular"))}), len(configs) + 1)
+        configs.append(train.Config("mobius_mixed"))
+        self.assertEqual(len({run_name(config) for config in configs}), len(configs))
         # A recipe is its settings; in names it stands for them.
         recipe = train.RECIPES["improved"]
         config = train.Config("mobius_regular", **recipe | {"precision": "bf16"})
-        self.assertEqual(reproduce.run_name(config), "mnist-mobius_regular-centered-seed0-recipe_improved-precision_bf16")
-        self.assertEqual(reproduce.plan({"runs": 1, "models": ["mobius_regular"], "train_modes": ["centered"], "parallel_seeds": 1, "results": "x",
-                                         "recipe": "improved", "lr": 0.5})[0].configs[0].lr, 0.5)
+        self.assertEqual(run_name(config),
+                         "mnist-mobius_regular-centered-seed0-recipe_improved-precision_bf16")
+        (config,) = reproduce.plan(1, ["mobius_regular"], ["centered"],
+                                   {"recipe": "improved", "lr": 0.5})
+        self.assertEqual((config.lr, config.batch_size), (0.5, 64))
         for name, value in recipe.items():
-            near = train.Config("mobius_regular", **recipe | {name: 1e-3 if name == "lr" else train.DEFAULTS[name]})
-            self.assertNotIn("recipe", reproduce.run_name(near))
-        for name in ("eval_freq", "device", "log_dir", "tensorboard"):
-            config = train.Config("mobius_regular", **{name: {"eval_freq": 3, "device": "cpu", "log_dir": "x", "tensorboard": False}[name]})
-            self.assertEqual(reproduce.run_name(config), "mnist-mobius_regular-centered-seed0")
+            near = train.Config("mobius_regular",
+                                **recipe | {name: 1e-3 if name == "lr" else train.DEFAULTS[name]})
+            self.assertNotIn("recipe", run_name(near))
+        for name, value in {"eval_freq": 3, "device": "cpu", "log_dir": "x",
+                            "tensorboard": False}.items():
+            config = train.Config("mobius_regular", **{name: value})
+            self.assertEqual(run_name(config), "mnist-mobius_regular-centered-seed0")
         defaults = vars(reproduce.command_line().parse_args([]))
-        self.assertEqual((defaults["runs"], set(defaults["models"]), set(defaults["train_modes"])), (32, set(MODELS), {"centered", "shifted"}))
-
-    def test_parallel_seeds(self):
-        options = ("--models", "mobius_regular", "--runs", "3", "--lr", "1e-5", "--num_epochs", "1")
-        self.main(reproduce, *self.options(*options))
-        printed = self.main(reproduce, *self.options(*options, "--parallel_seeds", "2", "--results", self.folder / "parallel"))
-        self.assertIn("[3/3]", printed)
-        self.assertEqual(set(self.results()), set(self.results("parallel")))
-        for name, path in self.results().items():
-            alone, together = (json.loads(p.read_text())["epochs"][-1] for p in (path, self.results("parallel")[name]))
-            self.assertAlmostEqual(alone["train_loss"], together["train_loss"], places=4)
-
-    def test_a_group_that_stands_at_different_epochs(self):
-        study = self.study("--models", "mobius_regular", "--runs", "3")
-        for config, epoch in zip(study.configs, (1, 0, 1)):
-            if epoch:
-                self.finish(config, study.folder(config), stop_after=epoch)
-        self.main(reproduce, *self.options("--models", "mobius_regular", "--runs", "3", "--parallel_seeds", "3"))
-        self.assertEqual(len(self.results()), 3)
+        self.assertEqual((defaults["runs"], set(defaults["models"]), set(defaults["train_modes"])),
+                         (32, set(MODELS), {"centered", "shifted"}))
 
     def test_killed_at_any_moment(self):
         """Again and again: each run is finished once, exactly as if nothing had happened."""
@@ -158,24 +166,27 @@ class TestReproduce(RunsCase):
         expected = self.results("expected")
         self.assertEqual(set(self.results()), set(expected))
         for name, path in self.results().items():
-            self.assertSameTree(json.loads(path.read_text()), json.loads(expected[name].read_text()), name)
+            self.assertSameTree(json.loads(path.read_text()),
+                                json.loads(expected[name].read_text()), name)
             log = (self.folder / "results" / "logs" / path.stem / "log.txt").read_text()
-            self.assertLessEqual(log.count("test error:"), 2, name)  # twice, if it was killed before it was published
+            # Twice, if it was killed before it was published.
+            self.assertLessEqual(log.count("test error:"), 2, name)
 
-    def start_ranks(self, processes, options):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+    def start_ranks(self, processes, options, **environment):
         ranks = []
         for rank in range(processes):
             output = self.folder / f"rank{rank}"
             output.unlink(missing_ok=True)
-            ranks.append((Zygote.start("reproduce", options, output, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-                                       MASTER_ADDR="localhost", MASTER_PORT=str(port)), output))
+            pid = Zygote.start("reproduce", options, output, RANK=str(rank), LOCAL_RANK=str(rank),
+                               WORLD_SIZE=str(processes), **environment)
+            ranks.append((pid, output))
         return ranks
 
     def logs_of(self, results="results"):
-        return {path.parent.name: path.read_text() for path in (self.folder / results / "logs").glob("*/log.txt")}
+        return {
+            path.parent.name: path.read_text()
+            for path in (self.folder / results / "logs").glob("*/log.txt")
+        }
 
     def test_two_ranks(self):
         options = self.options("--num_epochs", "1", "--runs", "2")
@@ -186,13 +197,16 @@ class TestReproduce(RunsCase):
         self.assertIn("[4/4]", statuses[0][1])
         self.assertIn("mobius_regular", statuses[0][1].split("[4/4]")[1])
         for name, log in self.logs_of().items():
-            self.assertEqual((log.count("epoch  1/1"), log.count("test error:")), (1, 1), f"{name} was not done once\n{log}")
+            self.assertEqual((log.count("epoch  1/1"), log.count("test error:")), (1, 1),
+                             f"{name} was not done once\n{log}")
 
     def test_a_rank_that_dies(self):
         """The others finish its runs, and go on with the one that it was at."""
         ranks = self.start_ranks(3, self.options("--num_epochs", "9", "--runs", "2"))
         end = time.monotonic() + 60
-        while sum("epoch  1/9" in log for log in self.logs_of().values()) < 3 and time.monotonic() < end:
+        while time.monotonic() < end:
+            if sum("epoch  1/9" in log for log in self.logs_of().values()) >= 3:
+                break
             time.sleep(0.01)
         os.kill(ranks[2][0], signal.SIGKILL)
         COUNTS["ranks lost"] += 1
@@ -200,7 +214,8 @@ class TestReproduce(RunsCase):
         self.assertEqual(len(self.results()), 4)
         for name, log in self.logs_of().items():
             self.assertEqual(log.count("test error:"), 1, name)
-            # Told once: an epoch that was seen is never trained again. (Never, if the kill came between saving and telling.)
+            # Logged once: a logged epoch is never trained again. (Or never, if the kill came
+            # between saving and logging.)
             continued = re.search(r"continued after epoch (\d+) of 9", log)
             for epoch in range(1, 10):
                 allowed = (0, 1) if continued and epoch == int(continued[1]) else (1,)
@@ -209,11 +224,14 @@ class TestReproduce(RunsCase):
     def test_torchrun(self):
         """It ends all processes when one is killed; the next start finds what is left."""
         options = self.options("--num_epochs", "9", "--runs", "2")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "reproduce.py",
-                   *options]
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            ROOT / "reproduce.py", *options
+        ]
         command = [str(c) for c in command]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                              env=environment) as process:
             watchdog = threading.Timer(100, process.kill)
             watchdog.start()
             self.addCleanup(watchdog.cancel)
@@ -233,16 +251,67 @@ class TestReproduce(RunsCase):
         self.assertEqual(len(self.results()), 4)
         self.assertIn("mobius_regular", printed.split("[4/4]")[1])
 
+    def options_without_data(self):
+        """The digits are scikit-learn's, and their npz is missing."""
+        return self.options("--dataset", "digits", "--models", "cnn_same_params", "--runs", "1",
+                            "--num_epochs", "1", "--batch_size", "512")[2:]
+
+    def printed_by(self, ranks):
+        return [output.read_text() if output.exists() else "" for _, output in ranks]
+
+    def test_ranks_without_data(self):
+        """One makes the data, the other waits for the lock and finds them."""
+        folder = self.folder / "data"
+        folder.mkdir()
+        with open(folder / ".mobius_digits.npz.lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            ranks = self.start_ranks(2, self.options_without_data(), DATA_FOLDER=str(folder))
+            time.sleep(1)
+            self.assertEqual(self.printed_by(ranks), ["", ""])
+        statuses = [Zygote.wait(*rank, seconds=100) for rank in ranks]
+        self.assertEqual([status for status, _ in statuses], [0, 0], statuses)
+        self.assertEqual(sum(printed.count("making ") for _, printed in statuses), 1, statuses)
+        self.assertEqual(len(self.results()), 1)
+        self.assertIn("[1/1]", statuses[0][1])
+
+    def test_a_rank_that_dies_making_the_data(self):
+        """The other one makes them, and trains the run."""
+        ranks = self.start_ranks(2, self.options_without_data(),
+                                 DATA_FOLDER=str(self.folder / "data"))
+        end = time.monotonic() + 30
+        making = [False]
+        while not any(making) and time.monotonic() < end:
+            time.sleep(0.001)
+            making = ["making " in printed for printed in self.printed_by(ranks)]
+        killed = making.index(True)
+        os.kill(ranks[killed][0], signal.SIGKILL)
+        COUNTS["ranks lost"] += 1
+        statuses = [Zygote.wait(*rank, seconds=100) for rank in ranks]
+        self.assertEqual((statuses[killed][0], statuses[1 - killed][0]), (None, 0), statuses)
+        self.assertEqual(len(self.results()), 1)
+
+    def test_data_that_cannot_be_made(self):
+        (self.folder / "data").write_text("kept")
+        with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder / "data"):
+            self.assertFails(reproduce.main, *self.options_without_data(),
+                             contains="mobius_digits.npz.lock")
+        with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder / "new"), \
+                mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
+            self.assertFails(reproduce.main, *self.options_without_data(),
+                             contains=["cannot lock", "No locks available"])
+        self.assertEqual(self.results(), {})
+
     def test_data_that_cannot_be_had(self):
         """In every process, and none waits for another for ever."""
         options = self.options("--data", self.folder / "nowhere.npz")
-        (status, printed), (other, nothing) = (Zygote.wait(*rank) for rank in self.start_ranks(2, options))
+        ranks = self.start_ranks(2, options)
+        (status, printed), (other, nothing) = (Zygote.wait(*rank) for rank in ranks)
         self.assertEqual((status, other), (2, 2))
         self.assertIn("nowhere.npz", printed)
         self.assertNotIn("Traceback", printed + nothing)
 
     def test_a_run_that_diverges(self):
-        """The others are finished all the same, alone or in parallel."""
+        """The others are finished all the same."""
         build = train.build_model
 
         def build_bad(name, **kwargs):
@@ -251,42 +320,53 @@ class TestReproduce(RunsCase):
                 model.classifier[7].bias.data[0] = math.inf
             return model
 
-        for more in ((), ("--parallel_seeds", "3")):
-            shutil.rmtree(self.folder / "results", ignore_errors=True)
-            with mock.patch("train.build_model", build_bad):
-                error = self.assertFails(reproduce.main, *self.options("--runs", "3", "--num_epochs", "1", *more), status=1,
-                                         contains="mobius_regular-centered-seed1")
-            self.assertIn("nan at step 1 of 2", error)
-            self.assertEqual(len(self.results()), 5)
-            statuses = {path.parent.name: json.loads(path.read_text())["status"] for path in self.folder.glob("results/logs/*/result.json")}
-            self.assertEqual([name for name, status in statuses.items() if status == "diverged"], [name for name in statuses if
-                             "mobius_regular-centered-seed1" in name])
-            # It would again: it is not tried again.
-            with mock.patch("train.Run.train", side_effect=AssertionError):
-                self.assertFails(reproduce.main, *self.options("--runs", "3", "--num_epochs", "1", *more), status=1,
-                                 contains=["nan at step 1 of 2", "to try it again, delete"])
-        self.assertIn("Missing: 1 of 6 runs", self.main(reproduce, *self.options("--runs", "3", "--num_epochs", "1", "--table")))
+        options = self.options("--runs", "3", "--num_epochs", "1")
+        with mock.patch("train.build_model", build_bad):
+            error = self.assertFails(reproduce.main, *options, status=1,
+                                     contains="mobius_regular-centered-seed1")
+        self.assertIn("nan at step 1 of 2", error)
+        self.assertEqual(len(self.results()), 5)
+        statuses = {
+            path.parent.name: json.loads(path.read_text())["status"]
+            for path in self.folder.glob("results/logs/*/result.json")
+        }
+        self.assertEqual([name for name, status in statuses.items() if status == "diverged"],
+                         [name for name in statuses if "mobius_regular-centered-seed1" in name])
+        # It would again: it is not tried again.
+        with mock.patch("train.Run.train", side_effect=AssertionError):
+            self.assertFails(reproduce.main, *options, status=1,
+                             contains=["nan at step 1 of 2", "to try it again, delete"])
+        self.assertIn(
+            "Missing: 1 of 6 runs",
+            self.main(reproduce, *self.options("--runs", "3", "--num_epochs", "1", "--table")))
 
     def test_table(self):
         """Mean, standard deviation and Welch's test, against NumPy and the test on two samples."""
         from scipy.stats import ttest_ind
-        study = self.study("--models", *MODELS, "--train_modes", "centered", "shifted", "--runs", "5")
+        study = self.study("--models", *MODELS, "--train_modes", "centered", "shifted", "--runs",
+                           "5")
         random = np.random.default_rng(0)
         values = {}
 
         def error(config, version):
-            values[config.model, config.train_mode, version, config.seed] = value = random.normal(1.3, 0.1)
+            value = random.normal(1.3, 0.1)
+            values[config.model, config.train_mode, version, config.seed] = value
             return value
 
         self.write_results(study, error)
-        options = self.options("--models", *MODELS, "--train_modes", "centered", "shifted", "--runs", "5", "--table")
+        options = self.options("--models", *MODELS, "--train_modes", "centered", "shifted",
+                               "--runs", "5", "--table")
         rows = list(csv.DictReader(io.StringIO(self.main(reproduce, *options, "csv"))))
         self.assertEqual(len(rows), 7 * 2 * 2)
-        self.assertEqual({(row["digits"], row["settings"]) for row in rows}, {("digits", "num_epochs=2 batch_size=4")})
+        settings = {(row["digits"], row["settings"]) for row in rows}
+        self.assertEqual(settings, {("digits", "num_epochs=2 batch_size=4")})
         text, markdown = self.main(reproduce, *options), self.main(reproduce, *options, "markdown")
         differing = 0
         for row in rows:
-            errors = [value for key, value in values.items() if key[:3] == (row["model"], row["train_mode"], row["test_digits"])]
+            errors = [
+                value for key, value in values.items()
+                if key[:3] == (row["model"], row["train_mode"], row["test_digits"])
+            ]
             self.assertEqual((row["n"], row["missing"]), ("5", "0"))
             self.assertAlmostEqual(float(row["mean"]), np.mean(errors))
             self.assertAlmostEqual(float(row["std"]), np.std(errors, ddof=1))
@@ -294,19 +374,29 @@ class TestReproduce(RunsCase):
                 self.assertEqual((row["paper_mean"], row["p"], row["differs"]), ("", "", ""))
                 continue
             paper = reproduce.PAPER[row["model"]][row["train_mode"]]
-            self.assertEqual((float(row["paper_mean"]), float(row["paper_std"]), row["paper_n"]), (*paper, "32"))
+            self.assertEqual((float(row["paper_mean"]), float(row["paper_std"]), row["paper_n"]),
+                             (*paper, "32"))
             sample = random.normal(size=32)
             sample = paper[0] + paper[1] * (sample - sample.mean()) / sample.std(ddof=1)
             p = ttest_ind(errors, sample, equal_var=False).pvalue
             self.assertAlmostEqual(float(row["p"]), p)
             self.assertEqual(row["differs"], str(int(p < 0.01)))
             differing += p < 0.01
-            ours = f"{np.mean(errors):.2f} ± {np.std(errors, ddof=1):.2f} (5)" + " *" * bool(p < 0.01)
-            (line,) = [line for line in text.split("on centered test digits")[0].splitlines() if line.startswith(row["model"] + " ")]
+            star = " *" if p < 0.01 else ""
+            ours = f"{np.mean(errors):.2f} ± {np.std(errors, ddof=1):.2f} (5){star}"
+            (line,) = [
+                line for line in text.split("on centered test digits")[0].splitlines()
+                if line.startswith(row["model"] + " ")
+            ]
             self.assertIn(f"{ours}  ", line + "  ")
             self.assertIn(f"{paper[0]:.2f} ± {paper[1]:.2f}", line)
-            (line,) = [line for line in markdown.split("on centered test digits")[0].splitlines() if line.startswith(f"| `{row['model']}` |")]
-            self.assertIn(f"| {ours.replace('*', chr(92) + '*')} | {paper[0]:.2f} ± {paper[1]:.2f} | {p:.2g} |", line)
+            (line,) = [
+                line for line in markdown.split("on centered test digits")[0].splitlines()
+                if line.startswith(f"| `{row['model']}` |")
+            ]
+            self.assertIn(
+                f"| {ours.replace('*', chr(92) + '*')} | {paper[0]:.2f} ± {paper[1]:.2f} | "
+                f"{p:.2g} |", line)
         self.assertTrue(0 < differing < 14)
         self.assertIn("Not the paper's protocol: data digits.npz, num_epochs 2, batch_size 4", text)
         self.assertNotIn("Missing", text)
@@ -318,24 +408,76 @@ class TestReproduce(RunsCase):
         for seed in (1, 2, 3, 5):
             study.file(train.Config(**vars(study.configs[0]) | {"seed": seed})).unlink()
         text = self.main(reproduce, *options)
-        self.assertIn("Missing: 4 of 12 runs\n- mobius_regular trained on centered: seeds 1-3, 5", text)
+        self.assertIn("Missing: 4 of 12 runs\n- mobius_regular trained on centered: seeds 1-3, 5",
+                      text)
         # Two runs that happen to agree prove nothing.
         self.assertRegex(text, r"mobius_regular +3.00 ± 2.83 \(2\) +1.23 ± 0.07\n")
         self.assertIn("Cells of fewer than 5 runs are not tested", text)
-        # What is there and not shown is told of.
+        # The remark names results that are not shown.
         self.assertNotIn("other settings", text)
-        self.assertIn("other settings, which take their options to be shown: digits num_epochs_2 batch_size_4 (8)\n",
-                      self.main(reproduce, *options, "--lr", "0.1"))
+        self.assertIn(
+            "other settings, which take their options to be shown: "
+            "digits num_epochs_2 batch_size_4 (8)\n",
+            self.main(reproduce, *options, "--lr", "0.1"))
         study.file(study.configs[0]).unlink()
-        self.assertRegex(self.main(reproduce, *options), r"mobius_regular +5.00 \(1\) +1.23 ± 0.07")
+        self.assertRegex(self.main(reproduce, *options),
+                         r"mobius_regular +5.00 \(1\) +1.23 ± 0.07")
         for path in self.results().values():
             path.unlink()
         self.assertRegex(self.main(reproduce, *options), r"mobius_regular +- +1.23 ± 0.07")
-        self.assertNotIn("1.23", self.main(reproduce, *self.options("--table", "--dataset", "digits")[2:]))
+        text = self.main(reproduce, *self.options("--table", "--dataset", "digits")[2:])
+        self.assertNotIn("1.23", text)
+
+    def test_rows_of_other_signs(self):
+        """Runs that differ in sign_eps, and perhaps in precision, have rows of their own."""
+        asked = ("--models", "mobius_signflip", "mobius_regular", "--runs", "5", "--precision",
+                 "bf16")
+        other = ("--models", "mobius_signflip", "--runs", "5", "--sign_eps", "1e-8")
+        for options, low in ((asked, 3), (other, 5), ((*other, "--precision", "bf16"), 6),
+                             ((*other, "--lr", "0.1"), 9), ((*other, "--sign_eps", "0"), 8)):
+            self.write_results(self.study(*options), lambda config, version: low + config.seed / 10)
+        later = train.Config(**vars(self.study(*other).configs[0])
+                             | {"seed": 5, "sign_eps": 1e-3})  # beyond --runs
+        self.write_results(Study([later], self.folder / "results"), lambda config, version: 20)
+        self.study(*other).file(self.study(*other).configs[1]).unlink()
+        text = self.main(reproduce, *self.options(*asked, "--table"))
+        shifted = [line for line in text.splitlines() if line.startswith("mobius")][:4]
+        self.assertEqual([re.split("  +", line)[:3] for line in shifted], [
+            ["mobius_signflip", "3.20 ± 0.16 (5) *", "4.89 ± 0.36"],
+            ["mobius_signflip, sign_eps 1e-08, precision fp32", "5.22 ± 0.17 (4)", "4.89 ± 0.36"],
+            ["mobius_signflip, sign_eps 1e-08", "6.20 ± 0.16 (5) *", "4.89 ± 0.36"],
+            ["mobius_regular", "3.20 ± 0.16 (5) *", "1.23 ± 0.07"],
+        ])
+        self.assertNotIn("Missing", text)  # those of other settings are not
+        markdown = self.main(reproduce, *self.options(*asked, "--table", "markdown"))
+        self.assertIn("| `mobius_signflip, sign_eps 1e-08` | 6.20 ± 0.16 (5) \\* | 4.89 ± 0.36 |",
+                      markdown)
+        file = io.StringIO(self.main(reproduce, *self.options(*asked, "--table", "csv")))
+        shown = [[row[name] for name in ("model", "settings", "n", "missing")]
+                 for row in csv.DictReader(file) if row["test_digits"] == "shifted"]
+        protocol = "num_epochs=2 batch_size=4"
+        self.assertEqual(shown, [
+            ["mobius_signflip", f"{protocol} precision=bf16", "5", "0"],
+            ["mobius_signflip", f"sign_eps=1e-08 {protocol}", "4", "1"],
+            ["mobius_signflip", f"sign_eps=1e-08 {protocol} precision=bf16", "5", "0"],
+            ["mobius_regular", f"{protocol} precision=bf16", "5", "0"],
+        ])
+        # The other way round, and with a remark of what is not shown.
+        text = self.main(reproduce, *self.options(*other, "--table"))
+        self.assertIn("\nmobius_signflip, sign_eps 0.0  ", text)
+        self.assertIn("\nmobius_signflip, sign_eps 0.0, precision bf16  ", text)
+        (remark,) = [
+            line for line in text.splitlines() if line.startswith("Finished runs of other settings")
+        ]
+        self.assertEqual(
+            remark.split(": ")[1], "digits sign_eps_0.001 num_epochs_2 batch_size_4 (1), "
+            "digits sign_eps_1e-08 num_epochs_2 batch_size_4 lr_0.1 (5), "
+            "digits sign_eps_1e-08 num_epochs_2 batch_size_4 precision_bf16 (5)")
 
     def test_error_against_shift(self):
         options = self.options("--models", "mobius_regular", "--runs", "1", "--num_epochs", "1")
-        self.assertFails(reproduce.main, *options, "--error_against_shift", contains=["mobius_regular-centered-seed0", "trains it"])
+        self.assertFails(reproduce.main, *options, "--error_against_shift",
+                         contains=["mobius_regular-centered-seed0", "trains it"])
         self.main(reproduce, *options)
         self.main(reproduce, *options, "--error_against_shift")
         path = self.folder / "results" / "error_against_shift.json"
@@ -344,35 +486,45 @@ class TestReproduce(RunsCase):
         (row,) = content["rows"]
         (result,) = (json.loads(p.read_text()) for p in self.results().values())
         self.assertAlmostEqual(row["errors"][0], result["test_error"]["centered"])
-        self.assertEqual((row["settings"], row["predictions"]), ({"num_epochs": 1, "batch_size": 4}, 56 * self.DIGITS[1]))
+        self.assertEqual((row["settings"], row["predictions"]),
+                         ({"num_epochs": 1, "batch_size": 4}, 56 * self.DIGITS[1]))
         self.assertEqual(len(row["first_changed"]), min(row["changed"], 100))
         self.main(reproduce, *options, "--pooling", "polyphase")
-        self.assertIn(", 100 % of the predictions", self.main(reproduce, *options, "--pooling", "polyphase", "--error_against_shift"))
+        self.assertIn(
+            ", 100 % of the predictions",
+            self.main(reproduce, *options, "--pooling", "polyphase", "--error_against_shift"))
         (folder,) = (self.folder / "results" / "logs").glob("*polyphase*")
-        printed = self.main(train, "--eval_only", "--checkpoint", folder, "--data", self.data, "--device", "cpu")  # its checkpoint is deleted
+        # Its checkpoint is deleted, its weights are there.
+        printed = self.main(train, "--eval_only", "--checkpoint", folder, "--data", self.data,
+                            "--device", "cpu")
         self.assertIn("mobius_regular, polyphase pooling, ", printed)
         stored = json.loads((folder / "result.json").read_text())
-        stored["config"] |= {"dataset": "digits", "test_mode": "centered", "precision": "bf16"}
+        stored["config"] |= {"dataset": "digits", "test_mode": "centered"}
         run_folder.write_json(folder / "result.json", stored)
         config = train.load_network(folder, {})[1]
-        self.assertEqual((config.dataset, config.test_mode, config.precision), ("digits", "centered", "bf16"))
+        self.assertEqual((config.dataset, config.test_mode), ("digits", "centered"))
         row, ours = json.loads(path.read_text())["rows"]
-        self.assertEqual((ours["settings"]["pooling"], ours["changed"], ours["first_changed"]), ("polyphase", 0, []))
-        with mock.patch("reproduce.predict_at_every_shift", side_effect=AssertionError):  # it is there already
+        self.assertEqual((ours["settings"]["pooling"], ours["changed"], ours["first_changed"]),
+                         ("polyphase", 0, []))
+        # It is there already.
+        with mock.patch("study.shifts.predict_at_every_shift", side_effect=AssertionError):
             self.main(reproduce, *options, "--error_against_shift")
         path.write_text("{")
-        self.assertFails(reproduce.main, *options, "--error_against_shift", contains=[str(path), "truncated"])
-        path.write_text(json.dumps({"rows": [row | {"sha256": "0"}]}))
-        self.assertFails(reproduce.main, *options, "--error_against_shift", contains=[str(path), "another digits.npz"])
+        self.assertFails(reproduce.main, *options, "--error_against_shift",
+                         contains=[str(path), "truncated"])
+        path.write_text(json.dumps({"format": 1, "rows": [row | {"sha256": "0"}]}))
+        self.assertFails(reproduce.main, *options, "--error_against_shift",
+                         contains=[str(path), "another digits.npz"])
         shutil.rmtree(self.folder / "results" / "logs")
-        self.assertFails(reproduce.main, *options, "--error_against_shift", contains=["weights.pt", "take another --results folder"])
-        self.assertFails(reproduce.main, *options, "--error_against_shift", "--table", contains="two commands")
+        self.assertFails(reproduce.main, *options, "--error_against_shift",
+                         contains=["weights.pt", "take another --results folder"])
+        self.assertFails(reproduce.main, *options, "--error_against_shift", "--table",
+                         contains="two commands")
 
     def test_bad_input(self):
         for options, contains in [
             (["--runs", "0"], ["runs", "at least 1"]),
             (["--runs", "many"], ["many"]),
-            (["--parallel_seeds", "0"], ["parallel_seeds"]),
             (["--models", "resnet"], ["resnet", "mobius_regular"]),
             (["--train_modes", "rotated"], ["rotated", "centered"]),
             (["--seed", "3"], ["--seed"]),
@@ -386,22 +538,29 @@ class TestReproduce(RunsCase):
                 self.assertFails(reproduce.main, *self.options(*options), contains=contains)
         self.assertEqual(list(self.files()), ["digits.npz"])
         (self.folder / "file").write_text("kept")
-        self.assertFails(reproduce.main, *self.options("--results", self.folder / "file"), contains=["file"])
+        self.assertFails(reproduce.main, *self.options("--results", self.folder / "file"),
+                         contains=["file"])
         self.assertEqual((self.folder / "file").read_text(), "kept")
         # A foreign or damaged file among the results.
         study = self.study()
         self.write_results(study, lambda config, version: 1)
         path = study.file(study.configs[0])
         result = json.loads(path.read_text())
+        without_seconds = {key: value for key, value in result.items() if key != "seconds"}
         for content, contains in [
-            ("", ["truncated"]), ("{", ["truncated", "move it away, and the run is trained again"]), ("[]", ["no result"]), ("{}", ["no result"]), ("[" * 100000, ["no JSON"]),
+            ("", ["truncated"]),
+            ("{", ["truncated", "move it away, and the run is trained again"]),
+            ("[]", ["no result"]),
+            ("{}", ["no result"]),
+            ("[" * 100000, ["no JSON"]),
             (json.dumps(result | {"test_error": None}), ["not of a finished run"]),
             (json.dumps(result | {"test_error": {"shifted": math.nan, "centered": 1.0}}), ["NaN"]),
             (json.dumps(result | {"test_error": {"shifted": [], "centered": 1.0}}), ["no result"]),
             (json.dumps(result | {"data": {"sha256": [1]}}), ["no result"]),
-            (json.dumps({key: value for key, value in result.items() if key != "seconds"}), ["no result"]),
+            (json.dumps(without_seconds), ["no result"]),
             (json.dumps(result | {"config": {}}), ["model None, not mobius_regular"]),
-            (json.dumps(result | {"config": result["config"] | {"lr": 1.0}}), ["lr 1.0, not 0.005", "move it away"]),
+            (json.dumps(result | {"config": result["config"] | {"lr": 1.0}}),
+             ["lr 1.0, not 0.005", "move it away"]),
             (json.dumps(result | {"data": {"sha256": "1"}}), ["different npz"]),
         ]:
             path.write_text(content)
@@ -410,7 +569,8 @@ class TestReproduce(RunsCase):
                 self.assertFails(reproduce.main, *self.options("--table"), contains=contains)
                 self.assertEqual(self.files(), before)
         path.write_text(json.dumps(result))
-        self.assertFails(reproduce.main, *self.options(), contains=["another digits.npz", "--results"])
+        self.assertFails(reproduce.main, *self.options(),
+                         contains=["another digits.npz", "--results"])
         # A damaged checkpoint of an unfinished run.
         path.unlink()
         for other in self.results().values():
@@ -419,20 +579,22 @@ class TestReproduce(RunsCase):
         (folder / "checkpoint.pt").write_bytes(b"damaged")
         self.assertFails(reproduce.main, *self.options(), contains=[str(folder), "truncated"])
         self.assertEqual(len(self.results()), 3)  # it stops no others
-        self.assertFails(reproduce.main, *self.options("--table", "--results", self.folder / "elsewhere"), contains="elsewhere")
+        self.assertFails(reproduce.main,
+                         *self.options("--table", "--results", self.folder / "elsewhere"),
+                         contains="elsewhere")
         with mock.patch.dict(os.environ, {"WORLD_SIZE": "many"}):
-            self.assertFails(reproduce.main, *self.options(), contains=["WORLD_SIZE=many", "torchrun"])
+            self.assertFails(reproduce.main, *self.options(),
+                             contains=["WORLD_SIZE=many", "torchrun"])
         with mock.patch.dict(os.environ, {"RANK": "3"}):
             self.assertFails(reproduce.main, *self.options(), contains=["RANK=3", "WORLD_SIZE=1"])
-        with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": "2"}):
-            self.assertFails(reproduce.main, *self.options(), contains=["2 processes do not find each other", "MASTER_ADDR"])
         with not_installed("scipy.stats"):
             study = self.study("--runs", "5")
             self.write_results(study, lambda config, version: 1 + config.seed)
-            self.assertFails(reproduce.main, *self.options("--runs", "5", "--table"), contains="scipy")
+            self.assertFails(reproduce.main, *self.options("--runs", "5", "--table"),
+                             contains="scipy")
 
     def test_left_by_one_who_was_killed(self):
-        """A run that is finished in its folder, its result not yet among the others (or not yet seen there), is published."""
+        """A run that is finished in its folder, and not among the results, is published."""
         self.main(reproduce, *self.options())
         before = {name: path.read_bytes() for name, path in self.results().items()}
         next(iter(self.results().values())).unlink()

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 import convert_mnist
 import data_loader
 import muon
-import pictures
 import run_folder
 import train
 from fields import isometry_action
 from models import MODELS, build_model
+from study import figures
 from tests.support import ROOT, RunsCase, Zygote, not_installed
 
 
@@ -147,9 +147,9 @@ class TestTrain(RunsCase):
     def test_pictures_of_a_run(self):
         """What TensorBoard is given to show: the network's own mistakes, and its error at each shift."""
         run = train.Run(self.config(tensorboard=True, num_epochs=1, batch_size=16))
-        with contextlib.closing(run), mock.patch.object(pictures, "digits", wraps=pictures.digits) as digits:
-            with mock.patch.object(pictures, "error_against_shift", wraps=pictures.error_against_shift) as error_against_shift:
-                with mock.patch.object(pictures, "first_kernels", wraps=pictures.first_kernels) as first_kernels:
+        with contextlib.closing(run), mock.patch.object(figures, "digits", wraps=figures.digits) as digits:
+            with mock.patch.object(figures, "error_against_shift", wraps=figures.error_against_shift) as error_against_shift:
+                with mock.patch.object(figures, "first_kernels", wraps=figures.first_kernels) as first_kernels:
                     run.train()
         self.assertEqual([call.args[0] for call in first_kernels.mock_calls], [run.model] * 2)
         training, *_, shifted, centered = digits.mock_calls
@@ -169,7 +169,7 @@ class TestTrain(RunsCase):
 
     def test_interrupted_at_its_last_pictures(self):
         run = train.Run(self.config(tensorboard=True, num_epochs=1, batch_size=16), verbose=False)
-        with contextlib.closing(run), mock.patch.object(pictures, "error_against_shift", side_effect=KeyboardInterrupt):
+        with contextlib.closing(run), mock.patch.object(figures, "error_against_shift", side_effect=KeyboardInterrupt):
             with self.assertRaises(KeyboardInterrupt):
                 run.train()
         self.assertEqual(run_folder.read_result(run.folder.path / "result.json")["status"], "finished")

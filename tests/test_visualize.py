@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import pictures
 import run_folder
 import train
 import visualize
 from fields import isometry_action
 from models import build_model
+from study import figures, gradients, material
 from tests.support import ROOT, ROWS, FilesCase, not_installed, write_npz
 
 
@@ -29,12 +29,20 @@ class TestVisualize(FilesCase):
         for option, model in visualize.NETWORKS.items():
             torch.save(build_model(model).state_dict(), self.folder / f"{option}.pt")
         (self.folder / "results" / "runs").mkdir(parents=True)
-        run_folder.write_json(self.folder / "results" / "error_against_shift.json", {"rows": ROWS})
-        for model, mode in itertools.product(("mobius_regular", "cnn_same_channels"), train.TRAIN_MODES):
+        run_folder.write_json(self.folder / "results" / "error_against_shift.json",
+                              {"format": 1, "rows": ROWS})
+        curve = {"config": {"sign_eps": 0.0, "num_epochs": 2}, "norms": [1.0, 2.0]}
+        run_folder.write_json(self.folder / "results" / "gradient_norms.json",
+                              {"format": 1, "curves": [curve, curve]})
+        for model, mode in itertools.product(("mobius_regular", "cnn_same_channels"),
+                                             train.TRAIN_MODES):
             name = f"mnist-{model}-{mode}-seed0-precision_bf16.json"
             shutil.copy(ROOT / "results" / "runs" / name, self.folder / "results" / "runs" / name)
-        self.options = ["--data", self.data, "--gauge_cnn", self.folder / "gauge_cnn.pt", "--cnn", self.folder / "cnn.pt",
-                        "--results", self.folder / "results", "--out", self.folder / "pictures"]
+        self.options = [
+            "--data", self.data, "--gauge_cnn", self.folder / "gauge_cnn.pt", "--cnn",
+            self.folder / "cnn.pt", "--results", self.folder / "results", "--out",
+            self.folder / "pictures"
+        ]
         # Small ones.
         for name, value in {"DOTS": 20, "STRIP_LENGTH": 30}.items():
             patched = mock.patch.object(visualize, name, value)
@@ -47,71 +55,91 @@ class TestVisualize(FilesCase):
         return printed.getvalue().split()
 
     def test_all(self):
-        """Without a display; every picture, twice the same bytes; light and dark ones differ in their text."""
+        """Every picture, without a display. The bytes repeat; light and dark text differ."""
         from PIL import Image
 
         printed = self.main(*self.options)
         names = {path.name for path in map(Path, printed)}
         self.assertEqual(names, {path.name for path in (self.folder / "pictures").iterdir()})
-        self.assertEqual({name.split(".")[0].removesuffix("-dark") for name in names}, set(visualize.PICTURES))
+        self.assertEqual({name.split(".")[0].removesuffix("-dark")
+                          for name in names}, set(visualize.PICTURES))
         for name, picture in visualize.PICTURES.items():
             kind = "png" if picture.pixels else "svg"
-            self.assertEqual({path for path in names if path.split(".")[0].removesuffix("-dark") == name},
-                             {f"{name}.{kind}"} | ({f"{name}-dark.{kind}"} if picture.text else set()))
-        pictures_before = {name: content for name, content in self.files().items() if name.startswith("pictures")}
+            drawn = {path for path in names if path.split(".")[0].removesuffix("-dark") == name}
+            dark = {f"{name}-dark.{kind}"} if picture.text else set()
+            self.assertEqual(drawn, {f"{name}.{kind}"} | dark)
+
+        def pictures_now():
+            return {name: content for name, content in self.files().items()
+                    if name.startswith("pictures")}
+
+        pictures_before = pictures_now()
         self.main("steerable_kernels", "results", "strip", *self.options)
-        self.assertEqual(pictures_before, {name: content for name, content in self.files().items() if name.startswith("pictures")})
-        light, dark = (pictures_before[f"pictures/results{style}.svg"].lower() for style in pictures.STYLES)
+        self.assertEqual(pictures_before, pictures_now())
+        light, dark = (pictures_before[f"pictures/results{style}.svg"].lower()
+                       for style in figures.STYLES)
         self.assertIn(b"#e6edf3", dark)
         self.assertNotIn(b"#e6edf3", light)
         with Image.open(self.folder / "pictures" / "two_turns.png") as turns:
             self.assertEqual(turns.n_frames, 2 * 30 // 5)
             before = np.asarray(turns.convert("RGBA")).copy()
             turns.seek(6)
-            self.assertFalse(np.array_equal(before, np.asarray(turns.convert("RGBA"))))  # once around: reflected
+            after = np.asarray(turns.convert("RGBA"))
+            self.assertFalse(np.array_equal(before, after))  # once around: reflected
         with Image.open(self.folder / "pictures" / "field_types-dark.png") as image:
             self.assertEqual(image.convert("RGBA").getpixel((0, 0))[3], 0)  # transparent
 
     def test_material(self):
         """The networks that are given, or the latest of train.py, or new ones."""
-        def material(**options):
+        def material_of(**options):
             parser = visualize.command_line()
-            return visualize.Material(parser.parse_args([f"--{name}={value}" for name, value in options.items()]))
+            return material.Material(
+                parser.parse_args([f"--{name}={value}" for name, value in options.items()]))
 
-        given = material(data=self.data, gauge_cnn=self.folder / "gauge_cnn.pt", cnn=self.folder / "cnn.pt", results=self.folder / "results")
+        given = material_of(data=self.data, gauge_cnn=self.folder / "gauge_cnn.pt",
+                            cnn=self.folder / "cnn.pt", results=self.folder / "results")
         for option, model in visualize.NETWORKS.items():
             self.assertSameWeights(given.networks[model], self.folder / f"{option}.pt")
         run = mock.Mock(model=build_model("mobius_regular"))
         finished = {"stopped": [self.folder / "other"], "finished": []}
-        with mock.patch.object(visualize, "resumed_run", return_value=run) as resumed_run, \
-                mock.patch.object(visualize, "runs_of", return_value=finished), contextlib.redirect_stdout(io.StringIO()):
-            material(data=self.data, cnn=self.folder / "cnn.pt").networks
-            resumed_run.assert_called_once_with(train.LATEST, {"model": "mobius_regular", "dataset": "mnist", "data": str(self.data)})
+        with mock.patch.object(material, "resumed_run", return_value=run) as resumed_run, \
+                mock.patch.object(material, "runs_of", return_value=finished), \
+                contextlib.redirect_stdout(io.StringIO()):
+            material_of(data=self.data, cnn=self.folder / "cnn.pt").networks
+            resumed_run.assert_called_once_with(
+                train.LATEST,
+                {"model": "mobius_regular", "dataset": "mnist", "data": str(self.data)})
             run.train.assert_called_once()
             run.close.assert_called_once()
             finished["finished"].append(self.folder / "gauge_cnn.pt")
-            latest = material(data=self.data, cnn=self.folder / "cnn.pt").networks["mobius_regular"]
+            latest = material_of(data=self.data,
+                                 cnn=self.folder / "cnn.pt").networks["mobius_regular"]
             resumed_run.assert_called_once()
         self.assertSameWeights(latest, self.folder / "gauge_cnn.pt")
-        path = self.folder / "results" / "runs" / "mnist-mobius_regular-centered-seed0-precision_bf16.json"
+        name = "mnist-mobius_regular-centered-seed0-precision_bf16.json"
+        path = self.folder / "results" / "runs" / name
         result = json.loads(path.read_text())
-        self.assertEqual(given.errors["mobius_regular", "centered"], [result["test_error"]["shifted"]])
+        self.assertEqual(given.errors["mobius_regular", "centered"],
+                         [result["test_error"]["shifted"]])
         self.assertNotEqual(*result["test_error"].values())
-        self.assertEqual([curve["config"]["model"] for curve in given.curves], list(visualize.NETWORKS.values()))
+        self.assertEqual([curve["config"]["model"] for curve in given.curves],
+                         list(visualize.NETWORKS.values()))
         self.assertEqual({curve["config"]["precision"] for curve in given.curves}, {"bf16"})
         for model in visualize.NETWORKS.values():  # tested more often
-            shutil.copy(ROOT / "results" / "runs" / f"mnist-{model}-centered-seed0.json", path.parent)
-        again = material(results=self.folder / "results")
+            shutil.copy(ROOT / "results" / "runs" / f"mnist-{model}-centered-seed0.json",
+                        path.parent)
+        again = material_of(results=self.folder / "results")
         self.assertEqual({curve["config"]["precision"] for curve in again.curves}, {"fp32"})
 
     def assertSameWeights(self, network, file):
         for name, value in torch.load(file, weights_only=True).items():
-            self.assertClose(network.state_dict()[name], value.to(network.state_dict()[name].dtype), message=name)
+            self.assertClose(network.state_dict()[name], value.to(network.state_dict()[name].dtype),
+                             message=name)
 
     def test_shifted_wrongly(self):
         """The first digit that both know and the CNN loses when it is shifted by 16."""
-        material = visualize.Material(visualize.command_line().parse_args([f"--data={self.data}"]))
-        images, labels = (part[:200] for part in material.splits["test_centered"])
+        data = material.Material(visualize.command_line().parse_args([f"--data={self.data}"]))
+        images, labels = (part[:200] for part in data.splits["test_centered"])
 
         def network(*wrong, wrong_when_moved=()):
             def logits(x):
@@ -124,52 +152,87 @@ class TestVisualize(FilesCase):
 
             return logits
 
-        material.networks = {"mobius_regular": network(0), "cnn_same_channels": network(1, wrong_when_moved=(0, 1, 3, 4))}
-        image, shift = material.shifted_wrongly
-        self.assertTrue(torch.equal(image, images[3:4].double()))
-        self.assertEqual(shift, 16)
+        cnn = network(1, wrong_when_moved=(0, 1, 3, 4))
+        data.networks = {"mobius_regular": network(0), "cnn_same_channels": cnn}
+        self.assertTrue(torch.equal(data.shifted_wrongly, images[3:4].double()))
 
     def test_strips(self):
         for name, shifts in (("strip", [0, 12, 18, 24, 30]), ("two_turns", list(range(0, 60, 5)))):
             drawn = mock.Mock()
-            visualize.PICTURES[name].draw(drawn, visualize.Material(visualize.command_line().parse_args([f"--data={self.data}"])))
-            self.assertEqual([shift for call in drawn.strips_in_space.mock_calls for shift in call.args[1]], shifts)
+            visualize.PICTURES[name].draw(
+                drawn,
+                material.Material(visualize.command_line().parse_args([f"--data={self.data}"])))
+            self.assertEqual(
+                [shift for call in drawn.strips_in_space.mock_calls for shift in call.args[1]],
+                shifts)
+
+    def test_gradient_norms(self):
+        """Measured if the file is missing: one for each step, the first as computed here."""
+        path = self.folder / "results" / "gradient_norms.json"
+        path.unlink()
+        config = train.Config("mobius_signflip", data=str(write_npz(self.folder / "few.npz", 8, 8)))
+        data = train.find_data(config, torch.device("cpu"))
+        content = gradients.measure_gradient_norms(data, data=config.data, batch_size=4)
+        self.assertEqual([curve["config"]["sign_eps"] for curve in content["curves"]], [0.0, 1e-8])
+        for curve in content["curves"]:
+            torch.manual_seed(0)
+            model = build_model("mobius_signflip", sign_eps=curve["config"]["sign_eps"])
+            images, labels = data.splits["train_centered"]
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:4]
+            F.cross_entropy(model(images[order]), labels[order]).backward()
+            norm = sum(parameter.grad.double().square().sum()
+                       for parameter in model.parameters()).sqrt().item()
+            self.assertAlmostEqual(curve["norms"][0] / norm, 1, places=3)
+            self.assertEqual(len(curve["norms"]), 4)
+        with mock.patch.object(material, "measure_gradient_norms", return_value=content) as measure:
+            self.main("gradient_norm", *self.options)
+            self.main("gradient_norm", *self.options)
+        measure.assert_called_once()
+        self.assertEqual(json.loads(path.read_text()), content)
+        for damaged in ("{", "[]", "{}", '{"format": 2, "curves": []}'):
+            path.write_text(damaged)
+            self.assertFails(visualize.main, "gradient_norm", *self.options, contains=str(path))
 
     def test_shift_between(self):
         x = torch.rand(1, 1, 4, 6)
         for shift in range(12):
-            self.assertEqual(visualize.shift_between(x, isometry_action(x, shift, (1, 0, 0))), shift)
+            self.assertEqual(material.shift_between(x, isometry_action(x, shift, (1, 0, 0))), shift)
         with self.assertRaisesRegex(ValueError, "no isometry"):
-            visualize.shift_between(x, torch.rand(1, 1, 4, 6))
+            material.shift_between(x, torch.rand(1, 1, 4, 6))
 
     def test_bad_input(self):
         before = self.files()
 
         def fails(*arguments, contains):
-            self.assertFails(visualize.main, *arguments, "--out", self.folder / "new", contains=contains)
+            self.assertFails(visualize.main, *arguments, "--out", self.folder / "new",
+                             contains=contains)
 
         fails("moebius", contains=["moebius", "steerable_kernels"])
         fails("results", "--results", self.folder / "no", contains=["no", "python reproduce.py"])
-        fails("training_curves", "--results", self.folder / "no", contains=["no", "python reproduce.py"])
-        fails("error_against_shift", "--results", self.folder / "no", contains=["error_against_shift.json", "python reproduce.py"])
-        fails("equivariance", "--data", self.data, "--gauge_cnn", self.folder / "no.pt", contains="no.pt")
-        fails("equivariance", "--data", self.data, "--gauge_cnn", self.folder / "cnn.pt", contains=["cnn.pt", "mobius_regular"])
+        fails("training_curves", "--results", self.folder / "no",
+              contains=["no", "python reproduce.py"])
+        fails("error_against_shift", "--results", self.folder / "no",
+              contains=["error_against_shift.json", "python reproduce.py"])
+        fails("equivariance", "--data", self.data, "--gauge_cnn", self.folder / "no.pt",
+              contains="no.pt")
+        fails("equivariance", "--data", self.data, "--gauge_cnn", self.folder / "cnn.pt",
+              contains=["cnn.pt", "mobius_regular"])
         fails("equivariance", "--data", self.data, "--gauge_cnn", self.data, contains="digits.npz")
         fails("shifted_digits", "--data", self.folder / "no.npz", contains="no.npz")
         with np.load(self.data) as npz:
             foreign = npz["train_data_shifted"].copy()
         foreign[0] = 0.5
-        fails("shifted_digits", "--data", write_npz(self.folder / "foreign.npz", train_data_shifted=foreign), contains="no isometry")
+        fails("shifted_digits", "--data",
+              write_npz(self.folder / "foreign.npz", train_data_shifted=foreign),
+              contains="no isometry")
         (self.folder / "foreign.npz").unlink()
         with not_installed("matplotlib"):
             fails("models", contains="matplotlib")
         self.assertFails(visualize.main, "models", "--out", self.data, contains="digits.npz")
         self.assertEqual(self.files(), before)
         path = self.folder / "results" / "error_against_shift.json"
-        row = ROWS[0]
-        for content in ("", "[" * 100000, '{"rows": [NaN]}', *map(json.dumps, ([], {"rows": []}, {"rows": [{"run": "a"}]}, {"rows": [3]},
-                        {"rows": [row | {"errors": ["1"] * 56}]}, {"rows": [row | {"errors": [-1.0] * 56}]},
-                        {"rows": [row | {"train_mode": []}]}))):
+        for content in ("", "[" * 100000, '{"rows": [NaN]}', "[]", "{}",
+                        '{"format": 2, "rows": []}'):
             path.write_text(content)
             fails("error_against_shift", "--results", self.folder / "results", contains=str(path))
         self.assertFalse((self.folder / "new").exists())

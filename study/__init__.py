@@ -1,0 +1,1 @@
+"""What reproduce.py and visualize.py stand on."""

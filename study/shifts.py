@@ -1,0 +1,90 @@
+"""Test error of trained networks on digits moved by each isometry of the strip."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from convert_mnist import LENGTH
+from run_folder import read_weights, say, write_json
+from study.runs import Study, read_results_file, run_name, settings_not_in_paper
+from train import Data, describe_environment, predict_at_every_shift, trained_model
+
+FORMAT = 1  # of error_against_shift.json
+LISTED = 100  # changed predictions in a row of it
+
+
+def check_weights(study: Study) -> None:
+    """Raises ValueError if a run is not finished, or its weights are not here."""
+    for config in study.configs:
+        weights = study.folder(config) / "weights.pt"
+        if study.result(config) is None:
+            raise ValueError(f"{run_name(config)} is not finished: without "
+                             "--error_against_shift, the same command trains it")
+        if not weights.exists():
+            raise ValueError(f"there is {study.file(config)}, but not {weights} (the runs that "
+                             "come with this code have no weights): take another --results "
+                             "folder, and train it there without --error_against_shift")
+
+
+def measure_error_against_shift(study: Study, data: Data, device: torch.device) -> Path:
+    """Test the study's networks, in float32, on digits moved by each isometry.
+
+    Writes a row for each run into error_against_shift.json, and keeps the rows that are there.
+    A row has the run's name, its settings that differ from the paper's and a hash of its weights;
+    the error in % at each shift; the number of predictions (digits times shifts), how many of them
+    differ from the one at shift 0, and the first of those as [shift, digit].
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ValueError, OSError: for a damaged file, or rows of other data.
+    """
+    path = study.results / "error_against_shift.json"
+    rows = read_error_against_shift(path) if path.exists() else []
+    if any(row["sha256"] != data.sha256 for row in rows):
+        raise ValueError(f"{path} is of another {data.file}: move it away")
+    for config in study.configs:
+        name, weights = run_name(config), study.folder(config) / "weights.pt"
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        if any((row["run"], row["weights"]) == (name, digest) for row in rows):
+            continue
+        model = trained_model(config, read_weights(weights), weights)
+        images, labels = data.splits["test_centered"]
+        predictions = predict_at_every_shift(model.to(device), images)
+        errors = (100 * (predictions != labels).double().mean(1)).tolist()
+        changed = (predictions != predictions[0]).nonzero().tolist()
+        settings = settings_not_in_paper(config)
+        settings.pop("precision", None)
+        rows = [row for row in rows if row["run"] != name] + [{
+            "run": name, "model": config.model, "settings": settings,
+            "train_mode": config.train_mode, "seed": config.seed,
+            "sha256": data.sha256, "weights": digest,
+            "environment": describe_environment(device), "errors": errors,
+            "predictions": predictions.numel(), "changed": len(changed),
+            "first_changed": changed[:LISTED],
+        }]
+        shifts = list(range(2 * LENGTH))
+        write_json(path, {"format": FORMAT, "shifts": shifts, "rows": rows})
+        say(f"{name}: {min(errors):.2f} to {max(errors):.2f} %, "
+            f"{consistency(rows[-1])} of the predictions as at shift 0")
+    return path
+
+
+def consistency(row: dict) -> str:
+    """Share of predictions that equal those at shift 0; 100 % only where all do."""
+    share = 100 * (1 - row["changed"] / row["predictions"])
+    return "100 %" if not row["changed"] else f"{min(share, 99.9999):.4f} %"
+
+
+def read_error_against_shift(path) -> list[dict]:
+    """The rows of an error_against_shift.json.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+        OSError: naming the file, if it cannot be read.
+    """
+    if not Path(path).exists():
+        raise OSError(f"there is no {path}: python reproduce.py --error_against_shift makes it")
+    return read_results_file(path, FORMAT)["rows"]
