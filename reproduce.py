@@ -19,6 +19,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import math
 import os
 import re
 import sys
@@ -31,14 +32,16 @@ from statistics import mean, stdev
 
 import torch
 
-from convert_mnist import LENGTH, CommandLine
+from convert_mnist import LENGTH
+from fast.memory import keep_freed_memory
 from models import MODELS
-from parallel_seeds import ParallelRuns
-from run_folder import BadCheckpoint, Busy, is_percentage, read_json, read_result, read_weights, say, write_json
-from train import (
-    RECIPES, REPORTING, TRAIN_MODES, Config, Data, Diverged, Run, add_train_options, describe_environment,
-    find_data, follow_recipe, keep_freed_memory, predict_at_every_shift, select_device, trained_model, with_defaults,
-)
+from train import Diverged, Run, predict_at_every_shift
+from training.checkpoints import BadCheckpoint, read_result, read_weights, trained_model
+from training.data import Data, find_data
+from training.environment import describe_environment, select_device
+from training.files import CommandLine, read_json, say, write_json
+from training.options import RECIPES, REPORTING, TRAIN_MODES, Config, add_train_options, follow_recipe
+from training.run_folder import Busy
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -67,7 +70,7 @@ OTHER_DEFAULTS = {"eval_freq": 0, "tensorboard": False}  # than train.py's
 
 def short_settings(config: Config) -> dict:
     """What is not the paper's and not in the first part of a run's name, with a recipe's name in place of its settings."""
-    changed = config.changed_settings(NAMED)
+    changed = config.settings_not_in_paper(NAMED)
     for recipe, settings in RECIPES.items():
         if settings and settings.items() <= config.protocol().items():
             return {"recipe": recipe} | {name: value for name, value in changed.items() if name not in settings}
@@ -112,9 +115,9 @@ class Study:
             result = read_result(path)
         except ValueError as error:
             raise ValueError(f"{error}: move it away, and the run is trained again") from error
-        theirs = with_defaults(result["config"])
+        stored = result["config"]
         for name, value in config.protocol().items():
-            found = theirs.get(name)
+            found = stored.get(name)
             if name not in REPORTING and found != value:
                 raise ValueError(f"{path} is of a run with {name} {found}, not {value}: move it away")
         if result["status"] != "finished" or any(version not in (result["test_error"] or {}) for version in config.test_versions):
@@ -162,7 +165,7 @@ class Study:
             return False
         left = read_result(path)
         reporting = dict.fromkeys(REPORTING)
-        if (with_defaults(left["config"]) | reporting, left["data"]) != (run.result["config"] | reporting, run.result["data"]):
+        if (left["config"] | reporting, left["data"]) != (run.result["config"] | reporting, run.result["data"]):
             return False
         if left["status"] == "diverged":
             raise Diverged(f"{left.get('reason')} (to try it again, delete {run.folder.path})", run)
@@ -199,10 +202,10 @@ class Progress:
             runs = len(study.configs)
             say(f"{runs} run{'s' * (runs != 1)}: {len(self.told)} finished, {runs - len(self.told)} to do")
 
-    def epoch(self, runs: int) -> None:
-        """This process has trained so many runs for an epoch more."""
-        self.epochs += runs
-        self.unpublished += runs
+    def epoch(self) -> None:
+        """This process has trained a run for an epoch more."""
+        self.epochs += 1
+        self.unpublished += 1
         self.tell()
 
     def fail(self, config: Config, error: Exception) -> None:
@@ -232,70 +235,48 @@ class Progress:
         return f", {minutes / 60:.1f} h left" if minutes >= 90 else f", {minutes:.0f} min left" if minutes >= 1 else ", < 1 min left"
 
 
-def train_what_is_left(study: Study, groups: Iterable[list[Config]], data: Data, progress: Progress) -> bool:
-    """Train, group by group, the runs that nobody else has; `progress` learns of those that fail, and they are left alone.
+def train_what_is_left(study: Study, configs: Iterable[Config], data: Data, progress: Progress) -> bool:
+    """Train, one by one, the runs that nobody else has; `progress` learns of those that fail, and they are left alone.
 
     Returns:
         Whether there was anything to do.
     """
     worked = False
-    for group in groups:
-        claimed = []
-        with contextlib.ExitStack() as stack:
-            for config in group:
-                if config not in progress.failures:
-                    try:
-                        run = study.claim(config, data)
-                    except (Diverged, BadCheckpoint) as error:
-                        progress.fail(config, error)
-                    else:
-                        if run:
-                            claimed.append(run)
-                            stack.callback(run.close)
-            # A group that was killed may have stopped between two saves.
-            for epoch in sorted({run.epoch for run in claimed}):
-                worked = True
-                _train_together(study, [run for run in claimed if run.epoch == epoch], data, progress)
+    for config in configs:
+        if config in progress.failures:
+            continue
+        try:
+            run = study.claim(config, data)
+            if run is None:
+                continue
+            worked = True
+            with contextlib.closing(run):
+                if progress.verbose:
+                    say(f"training {run_name(config)}" + (f" from epoch {run.epoch + 1} on" if run.epoch else ""))
+                run.train(progress.epoch)
+                study.publish(run)
+        except (Diverged, BadCheckpoint) as error:
+            progress.fail(config, error)
+        progress.unpublished = 0
+        progress.tell()
     return worked
 
 
-def _train_together(study: Study, runs: list[Run], data: Data, progress: Progress) -> None:
-    for run in runs:
-        if progress.verbose:
-            say(f"training {run_name(run.config)}" + (f" from epoch {run.epoch + 1} on" if run.epoch else ""))
-    try:
-        if len(runs) == 1:
-            runs[0].train(lambda: progress.epoch(1))
-        else:
-            ParallelRuns(runs).train(lambda: progress.epoch(len(runs)))
-        for run in runs:
-            study.publish(run)
-    except Diverged as error:
-        progress.fail(error.run.config, error)
-        for run in runs:
-            run.close()
-        # The others each by itself, from its last checkpoint: one is lost, not all.
-        train_what_is_left(study, [[run.config] for run in runs if run is not error.run], data, progress)
-    progress.unpublished = 0
-    progress.tell()
-
-
-def train_all(study: Study, groups: list[list[Config]], data: Data, rank: int = 0, processes: int = 1) -> dict[Config, Exception]:
+def train_all(study: Study, data: Data, rank: int = 0, processes: int = 1) -> dict[Config, Exception]:
     """Do this process's share of the runs, then what nobody does; the first process returns when all are finished.
 
     Args:
         study: all runs.
-        groups: all runs, those together that are to be trained at once.
         data: of all runs.
-        rank, processes: the share is every `processes`-th group, from the one at `rank` on.
+        rank, processes: the share is every `processes`-th run, from the one at `rank` on.
 
     Returns:
         Why runs failed, as far as this process knows: the first knows all.
     """
     progress = Progress(study, processes, verbose=rank == 0)
-    groups = [group for first in range(processes) for group in groups[(rank + first) % processes::processes]]
+    configs = [config for first in range(processes) for config in study.configs[(rank + first) % processes::processes]]
     while True:
-        worked = train_what_is_left(study, groups, data, progress)
+        worked = train_what_is_left(study, configs, data, progress)
         over = len(study.finished()) + len(progress.failures) >= len(study.configs)
         progress.tell()
         if over or rank and not worked:
@@ -538,6 +519,10 @@ def read_error_against_shift(path) -> list[dict]:
     raise ValueError(f"{path} is damaged: move it away")
 
 
+def is_percentage(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= 100
+
+
 def _is_row(row) -> bool:
     return (
         isinstance(row, dict)
@@ -560,7 +545,6 @@ def command_line() -> CommandLine:
     add("--runs", type=int, default=PAPER_RUNS, metavar="N", help="of each model and training mode, with seeds 0 to N - 1 (%(default)s)")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help="all seven, unless some are named")
     add("--train_modes", nargs="+", choices=TRAIN_MODES, default=list(TRAIN_MODES), metavar="MODE", help="centered, shifted or both (both)")
-    add("--parallel_seeds", type=int, default=1, metavar="N", help="seeds trained at once, as one stacked network (%(default)s)")
     add("--results", default=str(RESULTS), metavar="FOLDER", help="where runs and results lie (results)")
     add("--table", nargs="?", const="text", choices=("text", "markdown", "csv"), help="print the table of what is finished, train nothing")
     add("--error_against_shift", action="store_true",
@@ -569,8 +553,8 @@ def command_line() -> CommandLine:
     return parser
 
 
-def plan(options: dict, bar: bool = True) -> tuple[Study, list[list[Config]]]:
-    """The runs that the options ask for, and the same in groups that are trained together.
+def plan(options: dict, bar: bool = True) -> Study:
+    """The runs that the options ask for.
 
     A seed of every cell comes before the next one: what is there at any time is an even table.
 
@@ -578,18 +562,17 @@ def plan(options: dict, bar: bool = True) -> tuple[Study, list[list[Config]]]:
         ValueError: for an option that is not allowed.
     """
     options = dict(options)
-    runs, models, train_modes, parallel, results = (options.pop(k) for k in ("runs", "models", "train_modes", "parallel_seeds", "results"))
-    for name, value in (("runs", runs), ("parallel_seeds", parallel)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    runs, models, train_modes, results = (options.pop(k) for k in ("runs", "models", "train_modes", "results"))
+    if runs < 1:
+        raise ValueError(f"runs must be at least 1, got {runs}")
     if results == "":
         raise ValueError("results must be a path, got ''")
     options = OTHER_DEFAULTS | follow_recipe(options)
-    groups = [
-        [Config(model=model, train_mode=mode, seed=seed, **options) for seed in range(first, min(first + parallel, runs))]
-        for first in range(0, runs, parallel) for mode in dict.fromkeys(train_modes) for model in dict.fromkeys(models)
+    configs = [
+        Config(model=model, train_mode=mode, seed=seed, **options)
+        for seed in range(runs) for mode in dict.fromkeys(train_modes) for model in dict.fromkeys(models)
     ]
-    return Study([config for group in groups for config in group], results, bar), groups
+    return Study(configs, results, bar)
 
 
 def meet(rank: int, processes: int):
@@ -660,7 +643,7 @@ def main(argv=None) -> None:
     rank, failures = 0, {}
     try:
         rank, processes, local_rank = launched_as()
-        study, groups = plan(options, bar=rank == 0)
+        study = plan(options, bar=rank == 0)
         if show_table:
             return say(table(study, show_table)) if rank == 0 else None
         if shifts:
@@ -673,7 +656,7 @@ def main(argv=None) -> None:
         data = load_data(first, device, rank, store)
         if shifts:
             return say(f"wrote {measure_error_against_shift(study, data, device)}") if rank == 0 else None
-        failures = train_all(study, groups, data, rank, processes)
+        failures = train_all(study, data, rank, processes)
         if rank == 0:
             say("\n" + table(study))
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:

@@ -21,12 +21,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from convert_mnist import LENGTH, SCALAR, SOURCES, CommandLine, Split, write_atomically
+from convert_mnist import LENGTH, SCALAR, SOURCES, Split
+from fast.memory import keep_freed_memory
 from fields import isometry_action
 from nn_layers import MobiusConv
 from reproduce import OTHER_DEFAULTS, PAPER, PAPER_RUNS, RESULTS, Cell, Study, read_error_against_shift
-from run_folder import Busy, say
-from train import LATEST, PRECISIONS, TRAIN_MODES, Config, Data, find_data, keep_freed_memory, load_network, resumed_run, runs_of
+from train import LATEST, resumed_run
+from training.checkpoints import load_network, runs_of
+from training.data import Data, find_data
+from training.files import CommandLine, say, write_atomically
+from training.options import PRECISIONS, TRAIN_MODES, Config
+from training.run_folder import Busy
 
 FOLDER = Path(__file__).resolve().parent / "visualizations"
 NETWORKS = {"gauge_cnn": "mobius_regular", "cnn": "cnn_same_channels"}

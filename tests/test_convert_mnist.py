@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 import convert_mnist
 import train
-from tests.support import ROOT, FilesCase, not_installed
+from tests.support import ROOT, FilesCase, imports
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -148,46 +149,64 @@ class TestConvertMNIST(FilesCase):
             path.write_bytes(content)
             with self.subTest(path=path.name, content=content[:20]):
                 self.assertFails(convert_mnist.main, "--mnist_root", self.folder, "--out", self.folder / "out.npz",
-                                 contains=[path.name, str(self.folder), "truncated or not MNIST"])
+                                 contains=[path.name, str(self.folder), "not MNIST's"])
                 self.assertFalse((self.folder / "out.npz").exists())
             path.write_bytes(whole[path])
 
     def test_no_network(self):
+        def no_network(root, download):
+            raise OSError("no network: port 443")
+
+        torchvision = types.SimpleNamespace(MNIST=no_network)
         with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder), \
-                mock.patch("socket.getaddrinfo", side_effect=OSError("no network")):
-            for main, arguments in ((convert_mnist.main, []), (train.main, ["--model", "mobius_regular"])):
-                line = self.assertFails(main, *arguments, contains=["--mnist_root", "--dataset digits"])
-                for name in convert_mnist.MNIST_FILES:
-                    self.assertIn(name, line)
+                imports(torchvision=torchvision, torchvision__datasets=torchvision):
+            for main, arguments in (
+                (convert_mnist.main, []), (train.main, ["--model", "mobius_regular"])
+            ):
+                line = self.assertFails(main, *arguments, contains=[
+                    "could not download MNIST (no network)", "--mnist_root", "--dataset digits",
+                    *convert_mnist.MNIST_FILES,
+                ])
         self.assertEqual(list(self.folder.iterdir()), [])
 
     def test_download(self):
-        """What torchvision downloads is in place once it is complete, and not downloaded again."""
+        """What torchvision downloads is in place once complete, and not downloaded again."""
         calls = []
 
-        class Downloader:
-            def __init__(self, root, download):
-                calls.append(root)
-                write_fake_mnist(Path(root) / "MNIST" / "raw")
+        def download(root, download):
+            calls.append(root)
+            write_fake_mnist(Path(root) / "MNIST" / "raw")
 
-        real = convert_mnist._torchvision_mnist()
-        with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder):
-            with mock.patch.object(convert_mnist, "_torchvision_mnist", side_effect=[Downloader, real]):
-                train_set, test_set = convert_mnist.load_mnist()
+        torchvision = types.SimpleNamespace(MNIST=download)
+        with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder), \
+                imports(torchvision=torchvision, torchvision__datasets=torchvision):
+            train_set, test_set = convert_mnist.load_mnist()
             self.assertEqual((len(train_set.labels), len(test_set.labels)), (60_000, 10_000))
             convert_mnist.load_mnist()
+            self.assertEqual(len(calls), 1)
             # A file that went missing is fetched again, into a folder that holds the others.
             (self.folder / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
-            with mock.patch.object(convert_mnist, "_torchvision_mnist", side_effect=[Downloader, real]):
-                convert_mnist.load_mnist()
+            convert_mnist.load_mnist()
         self.assertEqual(len(calls), 2)
         self.assertEqual([path.name for path in self.folder.iterdir()], ["MNIST"])
 
     def test_without_torchvision(self):
-        write_fake_mnist(self.folder)
-        with not_installed("torchvision.datasets"):
-            self.assertFails(convert_mnist.main, "--mnist_root", self.folder, contains="torchvision")
-            convert_mnist.convert("digits", self.folder / "digits.npz")
+        """Files that are there are read without it; a download names it, and the way out."""
+        write_fake_mnist(self.folder / "mnist")
+
+        class BuiltForAnotherTorch:  # as PyPI's torchvision beside a CPU build of torch
+            @property
+            def MNIST(self):
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+        for module in (None, BuiltForAnotherTorch()):
+            with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder / "data"), \
+                    imports(torchvision=module, torchvision__datasets=module):
+                train_set, _ = convert_mnist.load_mnist(self.folder / "mnist")
+                self.assertEqual(len(train_set.labels), 60_000)
+                self.assertFails(convert_mnist.main, contains=["torchvision", "--mnist_root"])
+                convert_mnist.convert("digits", self.folder / "digits.npz")
+        self.assertFalse((self.folder / "data").exists())
 
     def test_interrupted(self):
         path = convert_mnist.convert("digits", self.folder / "digits.npz")

@@ -1,4 +1,4 @@
-"""Data files that are read, checked and cut into batches, by data_loader.py."""
+"""Data files that are read, checked and cut into batches, by data.py."""
 
 import os
 import zipfile
@@ -7,16 +7,16 @@ import numpy as np
 import torch
 
 import convert_mnist
-import data_loader
 import train
 from tests.support import FilesCase, write_npz
+from training import data
 
 
 class TestDataLoader(FilesCase):
     def test_load_dataset(self):
         path = write_npz(self.folder / "digits.npz")
         with np.load(path) as npz:
-            for name, split in data_loader.load_dataset(path).items():
+            for name, split in data.load_dataset(path).items():
                 kind, version = name.split("_")
                 self.assertTrue(np.array_equal(split.images, npz[f"{kind}_data_{version}"]))
                 self.assertTrue(np.array_equal(split.labels, npz[f"{kind}_labels"]))
@@ -31,10 +31,10 @@ class TestDataLoader(FilesCase):
             if not key.endswith("shifts"):
                 changes[key] = array[:n].astype(np.float64)
         published = write_npz(self.folder / "published.npz", **changes)
-        ours, theirs = data_loader.load_dataset(path), data_loader.load_dataset(published)
+        ours, loaded = data.load_dataset(path), data.load_dataset(published)
         for name in ours:
-            self.assertTrue(torch.equal(ours[name].images, theirs[name].images))
-            self.assertTrue(torch.equal(ours[name].labels, theirs[name].labels))
+            self.assertTrue(torch.equal(ours[name].images, loaded[name].images))
+            self.assertTrue(torch.equal(ours[name].labels, loaded[name].labels))
 
     def test_bad_files(self):
         good = write_npz(self.folder / "good.npz")
@@ -55,7 +55,7 @@ class TestDataLoader(FilesCase):
             path.write_bytes(raw)
             with self.subTest(len(raw)):
                 self.assertIn("not a complete npz", run())
-        for key in data_loader.KEYS:
+        for key in data.KEYS:
             write_npz(path, **{key: None})
             self.assertIn(f"no {key}", run())
         for change, message in [
@@ -93,13 +93,13 @@ class TestDataLoader(FilesCase):
 
     def test_batches(self):
         split = convert_mnist.Split(torch.arange(10).float().reshape(10, 1, 1, 1), torch.arange(10))
-        in_order = list(data_loader.batches(split, 4))
+        in_order = list(data.batches(split, 4))
         self.assertEqual([batch.labels.tolist() for batch in in_order], [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]])
         generator = torch.Generator().manual_seed(0)
-        epochs = [[batch.labels.tolist() for batch in data_loader.batches(split, 4, generator)] for _ in range(2)]
+        epochs = [[batch.labels.tolist() for batch in data.batches(split, 4, generator)] for _ in range(2)]
         self.assertNotEqual(epochs[0], epochs[1])
         for epoch in epochs:
             self.assertEqual([len(batch) for batch in epoch], [4, 4])  # the last, partial one is dropped
             self.assertEqual(len(set(sum(epoch, []))), 8)
-        for batch in data_loader.batches(split, 4, generator):
+        for batch in data.batches(split, 4, generator):
             self.assertTrue(torch.equal(batch.images.flatten().long(), batch.labels))

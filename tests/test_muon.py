@@ -1,4 +1,4 @@
-"""The optimizer of muon.py."""
+"""The optimizer of training/muon.py."""
 
 import copy
 import itertools
@@ -9,12 +9,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import muon
 from fields import as_fields, cross_cut, gauge_transform
 from models import build_model
 from nn_layers import MobiusConv
 from tests.reference import DOUBLE, TYPES
 from tests.support import Case
+from training import muon
 
 
 class TestMuon(Case):
@@ -99,7 +99,7 @@ class TestMuon(Case):
             (layer.expand_kernel() * gradient).sum().backward()
             reflected = cross_cut(gradient, in_fields)
             steerable = (gradient + gauge_transform(reflected.transpose(0, 1), out_fields).transpose(0, 1)) / 2
-            with mock.patch("muon.orthogonalize", orthogonalize):
+            with mock.patch("training.muon.orthogonalize", orthogonalize):
                 muon.Muon(layer).step()
             step, expected = (before - layer.expand_kernel()).flatten(1), orthogonalize(steerable.flatten(1))
             with self.subTest(in_fields=in_fields, out_fields=out_fields):
@@ -162,22 +162,6 @@ class TestMuon(Case):
             layer.weight.grad = torch.full_like(layer.weight, 1e-3 if step == 0 else 0.0)
             optimizer.step()
         self.assertLess(layer.weight.abs().max(), 2)
-
-    def test_stacked_networks(self):
-        """Each as alone."""
-        networks = [build_model("mobius_mixed", dtype=DOUBLE) for _ in range(3)]
-        stacked, _ = torch.func.stack_module_state(networks)
-        optimizers = [*map(muon.Muon, networks), muon.Muon(copy.deepcopy(networks[0]), stacked=stacked)]
-        for _ in range(2):
-            for name, parameter in stacked.items():
-                parameter.grad = torch.randn_like(parameter)
-                for network, gradient in zip(networks, parameter.grad):
-                    network.get_parameter(name).grad = gradient.clone()
-            for optimizer in optimizers:
-                optimizer.step()
-        for name, parameter in stacked.items():
-            for network, of_network in zip(networks, parameter):
-                self.assertClose(network.get_parameter(name), of_network)
 
     def test_is_an_optimizer(self):
         """With closures, copies, states and groups as any other; parameters without a gradient stay."""

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 import reproduce
-import run_folder
 import train
 from models import MODELS
 from tests.support import COUNTS, ROOT, RunsCase, Zygote, not_installed
+from training.files import write_json
+from training.options import DEFAULTS, RECIPES
 
 
 class TestReproduce(RunsCase):
@@ -37,7 +38,7 @@ class TestReproduce(RunsCase):
 
     def study(self, *more):
         options = vars(reproduce.command_line().parse_args([str(option) for option in self.options(*more)]))
-        return reproduce.plan({key: value for key, value in options.items() if key not in ("table", "error_against_shift")})[0]
+        return reproduce.plan({key: value for key, value in options.items() if key not in ("table", "error_against_shift")})
 
     def results(self, folder="results"):
         return {path.name: path for path in (self.folder / folder / "runs").glob("*.json")}
@@ -46,8 +47,10 @@ class TestReproduce(RunsCase):
         """Results as train.py leaves them, with test errors `error(config, version)`."""
         for config in study.configs:
             errors = {version: float(error(config, version)) for version in config.test_versions}
-            run_folder.write_json(study.file(config), {"status": "finished", "config": config.protocol(), "epochs": [], "parameters": 1,
-                                                       "environment": {}, "data": {"sha256": "0"}, "test_error": errors, "seconds": 1.0})
+            write_json(study.file(config), {
+                "status": "finished", "config": config.protocol(), "epochs": [], "parameters": 1,
+                "environment": {}, "data": {"sha256": "0"}, "test_error": errors, "seconds": 1.0,
+            })
 
     def test_runs_are_those_of_train(self):
         printed = self.main(reproduce, *self.options())
@@ -86,42 +89,26 @@ class TestReproduce(RunsCase):
                  "precision": "bf16", "test_mode": "shifted", "dataset": "digits", "pooling": "polyphase", "lr_schedule": "cosine",
                  "warmup_epochs": 1, "deformation": 0.5, "stroke_width": 0.2, "scaling": 0.2, "dropout": 0.1, "label_smoothing": 0.1,
                  "optimizer": "muon"}
-        self.assertEqual(set(train.Config("mobius_regular").protocol()) - {"model", "train_mode", "seed", "eval_freq"}, set(other))
+        self.assertEqual(set(train.Config("mobius_regular").protocol()) - {"model", "train_mode", "seed", "eval_freq", "sign_eps"}, set(other))
+        smoothed = train.Config("mobius_irrep", sign_eps=1e-8)
+        self.assertEqual(reproduce.run_name(smoothed), "mnist-mobius_irrep-centered-seed0-sign_eps_1e-08")
         configs = [train.Config("mobius_regular", **{key: value}) for key, value in 
                    (other | {"data": "my.npz", "train_mode": "shifted", "seed": 1}).items()]
         self.assertEqual(len({reproduce.run_name(config) for config in (*configs, train.Config("mobius_regular"))}), len(configs) + 1)
         # A recipe is its settings; in names it stands for them.
-        recipe = train.RECIPES["improved"]
+        recipe = RECIPES["improved"]
         config = train.Config("mobius_regular", **recipe | {"precision": "bf16"})
         self.assertEqual(reproduce.run_name(config), "mnist-mobius_regular-centered-seed0-recipe_improved-precision_bf16")
-        self.assertEqual(reproduce.plan({"runs": 1, "models": ["mobius_regular"], "train_modes": ["centered"], "parallel_seeds": 1, "results": "x",
-                                         "recipe": "improved", "lr": 0.5})[0].configs[0].lr, 0.5)
+        self.assertEqual(reproduce.plan({"runs": 1, "models": ["mobius_regular"], "train_modes": ["centered"], "results": "x",
+                                         "recipe": "improved", "lr": 0.5}).configs[0].lr, 0.5)
         for name, value in recipe.items():
-            near = train.Config("mobius_regular", **recipe | {name: 1e-3 if name == "lr" else train.DEFAULTS[name]})
+            near = train.Config("mobius_regular", **recipe | {name: 1e-3 if name == "lr" else DEFAULTS[name]})
             self.assertNotIn("recipe", reproduce.run_name(near))
         for name in ("eval_freq", "device", "log_dir", "tensorboard"):
             config = train.Config("mobius_regular", **{name: {"eval_freq": 3, "device": "cpu", "log_dir": "x", "tensorboard": False}[name]})
             self.assertEqual(reproduce.run_name(config), "mnist-mobius_regular-centered-seed0")
         defaults = vars(reproduce.command_line().parse_args([]))
         self.assertEqual((defaults["runs"], set(defaults["models"]), set(defaults["train_modes"])), (32, set(MODELS), {"centered", "shifted"}))
-
-    def test_parallel_seeds(self):
-        options = ("--models", "mobius_regular", "--runs", "3", "--lr", "1e-5", "--num_epochs", "1")
-        self.main(reproduce, *self.options(*options))
-        printed = self.main(reproduce, *self.options(*options, "--parallel_seeds", "2", "--results", self.folder / "parallel"))
-        self.assertIn("[3/3]", printed)
-        self.assertEqual(set(self.results()), set(self.results("parallel")))
-        for name, path in self.results().items():
-            alone, together = (json.loads(p.read_text())["epochs"][-1] for p in (path, self.results("parallel")[name]))
-            self.assertAlmostEqual(alone["train_loss"], together["train_loss"], places=4)
-
-    def test_a_group_that_stands_at_different_epochs(self):
-        study = self.study("--models", "mobius_regular", "--runs", "3")
-        for config, epoch in zip(study.configs, (1, 0, 1)):
-            if epoch:
-                self.finish(config, study.folder(config), stop_after=epoch)
-        self.main(reproduce, *self.options("--models", "mobius_regular", "--runs", "3", "--parallel_seeds", "3"))
-        self.assertEqual(len(self.results()), 3)
 
     def test_killed_at_any_moment(self):
         """Again and again: each run is finished once, exactly as if nothing had happened."""
@@ -242,7 +229,7 @@ class TestReproduce(RunsCase):
         self.assertNotIn("Traceback", printed + nothing)
 
     def test_a_run_that_diverges(self):
-        """The others are finished all the same, alone or in parallel."""
+        """The others are finished all the same."""
         build = train.build_model
 
         def build_bad(name, **kwargs):
@@ -251,20 +238,18 @@ class TestReproduce(RunsCase):
                 model.classifier[7].bias.data[0] = math.inf
             return model
 
-        for more in ((), ("--parallel_seeds", "3")):
-            shutil.rmtree(self.folder / "results", ignore_errors=True)
-            with mock.patch("train.build_model", build_bad):
-                error = self.assertFails(reproduce.main, *self.options("--runs", "3", "--num_epochs", "1", *more), status=1,
-                                         contains="mobius_regular-centered-seed1")
-            self.assertIn("nan at step 1 of 2", error)
-            self.assertEqual(len(self.results()), 5)
-            statuses = {path.parent.name: json.loads(path.read_text())["status"] for path in self.folder.glob("results/logs/*/result.json")}
-            self.assertEqual([name for name, status in statuses.items() if status == "diverged"], [name for name in statuses if
-                             "mobius_regular-centered-seed1" in name])
-            # It would again: it is not tried again.
-            with mock.patch("train.Run.train", side_effect=AssertionError):
-                self.assertFails(reproduce.main, *self.options("--runs", "3", "--num_epochs", "1", *more), status=1,
-                                 contains=["nan at step 1 of 2", "to try it again, delete"])
+        with mock.patch("train.build_model", build_bad):
+            error = self.assertFails(reproduce.main, *self.options("--runs", "3", "--num_epochs", "1"), status=1,
+                                     contains="mobius_regular-centered-seed1")
+        self.assertIn("nan at step 1 of 2", error)
+        self.assertEqual(len(self.results()), 5)
+        statuses = {path.parent.name: json.loads(path.read_text())["status"] for path in self.folder.glob("results/logs/*/result.json")}
+        self.assertEqual([name for name, status in statuses.items() if status == "diverged"], [name for name in statuses if
+                         "mobius_regular-centered-seed1" in name])
+        # It would again: it is not tried again.
+        with mock.patch("train.Run.train", side_effect=AssertionError):
+            self.assertFails(reproduce.main, *self.options("--runs", "3", "--num_epochs", "1"), status=1,
+                             contains=["nan at step 1 of 2", "to try it again, delete"])
         self.assertIn("Missing: 1 of 6 runs", self.main(reproduce, *self.options("--runs", "3", "--num_epochs", "1", "--table")))
 
     def test_table(self):
@@ -353,9 +338,9 @@ class TestReproduce(RunsCase):
         self.assertIn("mobius_regular, polyphase pooling, ", printed)
         stored = json.loads((folder / "result.json").read_text())
         stored["config"] |= {"dataset": "digits", "test_mode": "centered", "precision": "bf16"}
-        run_folder.write_json(folder / "result.json", stored)
+        write_json(folder / "result.json", stored)
         config = train.load_network(folder, {})[1]
-        self.assertEqual((config.dataset, config.test_mode, config.precision), ("digits", "centered", "bf16"))
+        self.assertEqual((config.dataset, config.test_mode), ("digits", "centered"))
         row, ours = json.loads(path.read_text())["rows"]
         self.assertEqual((ours["settings"]["pooling"], ours["changed"], ours["first_changed"]), ("polyphase", 0, []))
         with mock.patch("reproduce.predict_at_every_shift", side_effect=AssertionError):  # it is there already
@@ -372,7 +357,6 @@ class TestReproduce(RunsCase):
         for options, contains in [
             (["--runs", "0"], ["runs", "at least 1"]),
             (["--runs", "many"], ["many"]),
-            (["--parallel_seeds", "0"], ["parallel_seeds"]),
             (["--models", "resnet"], ["resnet", "mobius_regular"]),
             (["--train_modes", "rotated"], ["rotated", "centered"]),
             (["--seed", "3"], ["--seed"]),
@@ -397,8 +381,6 @@ class TestReproduce(RunsCase):
             ("", ["truncated"]), ("{", ["truncated", "move it away, and the run is trained again"]), ("[]", ["no result"]), ("{}", ["no result"]), ("[" * 100000, ["no JSON"]),
             (json.dumps(result | {"test_error": None}), ["not of a finished run"]),
             (json.dumps(result | {"test_error": {"shifted": math.nan, "centered": 1.0}}), ["NaN"]),
-            (json.dumps(result | {"test_error": {"shifted": [], "centered": 1.0}}), ["no result"]),
-            (json.dumps(result | {"data": {"sha256": [1]}}), ["no result"]),
             (json.dumps({key: value for key, value in result.items() if key != "seconds"}), ["no result"]),
             (json.dumps(result | {"config": {}}), ["model None, not mobius_regular"]),
             (json.dumps(result | {"config": result["config"] | {"lr": 1.0}}), ["lr 1.0, not 0.005", "move it away"]),

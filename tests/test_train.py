@@ -1,11 +1,14 @@
 """Single runs of train.py."""
 
+import argparse
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,14 +21,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import convert_mnist
-import data_loader
-import muon
 import pictures
-import run_folder
 import train
 from fields import isometry_action
 from models import MODELS, build_model
 from tests.support import ROOT, RunsCase, Zygote, not_installed
+from training import muon, run_folder
+from training.checkpoints import read_result
+from training.data import load_dataset
+from training.files import CommandLine
+from training.options import RECIPES, TEST_MODES, TRAIN_MODES
 
 
 class TestTrain(RunsCase):
@@ -44,7 +49,7 @@ class TestTrain(RunsCase):
     def test_defaults_are_the_protocol(self):
         options = vars(train.command_line().parse_args(["--model", "mobius_regular"]))
         config = train.Config("mobius_regular")
-        self.assertEqual(options, {"model": "mobius_regular", "resume": None, "eval_only": False, "checkpoint": None})
+        self.assertEqual(options, {"model": "mobius_regular"})
         self.assertEqual(vars(config), vars(config) | {
             "train_mode": "centered", "test_mode": "both", "num_epochs": 20, "batch_size": 128, "weight_decay": 1e-6, "lr": 5e-3,
             "lr_decay_period": 4, "lr_decay_factor": 2, "eval_freq": 1, "dataset": "mnist", "device": "auto", "precision": "fp32",
@@ -54,7 +59,7 @@ class TestTrain(RunsCase):
 
     def test_the_run_is_what_was_asked_for(self):
         arrays = np.load(self.data)
-        for train_mode, test_mode in itertools.product(train.TRAIN_MODES, train.TEST_MODES):
+        for train_mode, test_mode in itertools.product(TRAIN_MODES, TEST_MODES):
             run = train.Run(self.config(train_mode=train_mode, test_mode=test_mode, weight_decay=0.03, lr=0.02))
             run.folder.close()
             self.assertTrue(np.array_equal(run.training_set.images, arrays[f"train_data_{train_mode}"]))
@@ -78,7 +83,7 @@ class TestTrain(RunsCase):
     def test_is_a_plain_training_loop(self):
         """Two epochs written out: the same weights, bit for bit."""
         _, folder, _ = self.train(seed=3, lr_decay_period=1, weight_decay=0.01)
-        digits = data_loader.load_dataset(self.data)["train_centered"]
+        digits = load_dataset(self.data)["train_centered"]
         torch.manual_seed(3)
         order = torch.Generator().manual_seed(3)
         model = build_model("mobius_regular").train()
@@ -120,7 +125,7 @@ class TestTrain(RunsCase):
         # The final error is that of the saved weights.
         model = build_model("mobius_regular")
         model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
-        _, error = train.evaluate(model, data_loader.load_dataset(self.data)["test_shifted"])
+        _, error = train.evaluate(model, load_dataset(self.data)["test_shifted"])
         self.assertEqual(error, stored["test_error"]["shifted"])
 
     def test_tensorboard(self):
@@ -172,7 +177,7 @@ class TestTrain(RunsCase):
         with contextlib.closing(run), mock.patch.object(pictures, "error_against_shift", side_effect=KeyboardInterrupt):
             with self.assertRaises(KeyboardInterrupt):
                 run.train()
-        self.assertEqual(run_folder.read_result(run.folder.path / "result.json")["status"], "finished")
+        self.assertEqual(read_result(run.folder.path / "result.json")["status"], "finished")
 
     def test_seeds_repeat(self):
         def numbers(**options):
@@ -243,13 +248,13 @@ class TestTrain(RunsCase):
         options = vars(train.command_line().parse_args(["--model", "mobius_regular", "--recipe", "improved", "--lr", "0.1"]))
         self.assertEqual({name: options[name] for name in ("model", "recipe", "lr")}, {"model": "mobius_regular", "recipe": "improved", "lr": 0.1})
         followed = train.follow_recipe({"model": "mobius_regular", "recipe": "improved", "lr": 0.1})
-        self.assertEqual(followed, train.RECIPES["improved"] | {"model": "mobius_regular", "lr": 0.1})
+        self.assertEqual(followed, RECIPES["improved"] | {"model": "mobius_regular", "lr": 0.1})
         self.assertEqual(train.follow_recipe({"seed": 1, "recipe": "paper"}), {"seed": 1})
         printed = self.main(train, *self.options("--recipe", "improved", "--batch_size", "16", "--num_epochs", "2"))
         self.assertIn("not the paper's protocol: pooling polyphase, dropout 0.1, num_epochs 2, batch_size 16, optimizer muon, lr 0.003", printed)
         (path,) = (self.folder / "logs").glob("*/result.json")
         stored = json.loads(path.read_text())["config"]
-        self.assertEqual(stored, stored | train.RECIPES["improved"] | {"batch_size": 16})
+        self.assertEqual(stored, stored | RECIPES["improved"] | {"batch_size": 16})
         self.assertFails(train.main, "--eval_only", "--checkpoint", path.parent, "--recipe", "improved", contains=["leave out --recipe"])
         self.assertIn("after 2 epochs", self.main(train, "--eval_only", "--checkpoint", path.parent))
 
@@ -372,8 +377,8 @@ class TestTrain(RunsCase):
             (["--batch_size", "-128"], ["batch_size", "-128"]),
             (["--batch_size", "1"], ["batch_size", "at least 2"]),
             (["--batch_size", "2.5"], ["--batch_size", "2.5"]),
-            (["--lr", "0"], ["lr", "positive", "0"]),
-            (["--lr", "nan"], ["lr", "positive", "nan"]),
+            (["--lr", "0"], ["lr", "above 0", "0"]),
+            (["--lr", "nan"], ["lr", "above 0", "nan"]),
             (["--lr", "inf"], ["lr", "inf"]),
             (["--lr", "-1"], ["lr", "-1"]),
             (["--weight_decay", "-1"], ["weight_decay"]),
@@ -390,10 +395,10 @@ class TestTrain(RunsCase):
             (["--dropout", "nan"], ["dropout", "below 1"]),
             (["--warmup_epochs", "2"], ["warmup_epochs", "below num_epochs"]),
             (["--warmup_epochs", "-1"], ["warmup_epochs", "at least 0"]),
-            (["--deformation", "-0.5"], ["deformation", "0 … 2"]),
-            (["--deformation", "nan"], ["deformation", "0 … 2"]),
-            (["--stroke_width", "1.5"], ["stroke_width", "0 … 1"]),
-            (["--scaling", "0.4"], ["scaling", "0 … 0.3"]),
+            (["--deformation", "-0.5"], ["deformation", "at least 0 and at most 2"]),
+            (["--deformation", "nan"], ["deformation", "at least 0 and at most 2"]),
+            (["--stroke_width", "1.5"], ["stroke_width", "at most 1"]),
+            (["--scaling", "0.4"], ["scaling", "at most 0.3"]),
             (["--resume", "nowhere", "--recipe", "improved"], ["leave out --recipe"]),
             (["--lr_decay_factor", "0.5"], ["lr_decay_factor", "at least 1"]),
             (["--eval_freq", "-1"], ["eval_freq"]),
@@ -422,6 +427,43 @@ class TestTrain(RunsCase):
         with mock.patch("torch.cuda.is_available", return_value=True):
             self.assertEqual(train.select_device("auto").type, "cuda")
         self.assertFalse((self.folder / "logs").exists())
+
+    def test_bounds(self):
+        """The values at the closed ends of the allowed ranges are allowed."""
+        ends = {"dropout": 0, "sign_eps": 0, "num_epochs": 1, "batch_size": 2, "weight_decay": 0,
+                "lr_decay_period": 0, "lr_decay_factor": 1, "warmup_epochs": 0, "deformation": 2,
+                "stroke_width": 1, "scaling": 0.3, "label_smoothing": 0, "eval_freq": 0,
+                "seed": 2**63 - 1}
+        for name, value in ends.items():
+            self.assertEqual(getattr(train.Config("mobius_irrep", **{name: value}), name), value)
+        for name, value in {"seed": 2**63, "lr": 1e30, "lr_decay_factor": math.inf,
+                            "sign_eps": math.inf, "tensorboard": 1, "data": ""}.items():
+            with self.assertRaisesRegex(ValueError, f"{name} must be"):
+                train.Config("mobius_irrep", **{name: value})
+        with self.assertRaisesRegex(ValueError, "sign_eps must be 0 with mobius_regular"):
+            train.Config("mobius_regular", sign_eps=1e-8)
+
+    def test_an_entry_is_an_option(self):
+        """Help, parsed options and the README's row come from one call; entries of Config too."""
+        parser = CommandLine("")
+        parser.option("size", "of x | y, as --scale 1", 0.5, type=float, metavar="X")
+        parser.option("kind", "of it", choices=("a", "b"))
+        parser.option("fast", "or not", True, action=argparse.BooleanOptionalAction)
+        self.assertEqual(parser.markdown().splitlines()[2:], [
+            r"| `--size` | `0.5` | of x \| y, as `--scale` 1 |",
+            "| `--kind` |  | `a`, `b`; of it |",
+            "| `--fast`, `--no-fast` | `on` | or not |",
+        ])
+        self.assertIn("of x | y, as --scale 1 (0.5)", parser.format_help())
+        self.assertEqual(vars(parser.parse_args([])), {})
+        self.assertEqual(vars(parser.parse_args(["--no-fast", "--size", "2"])),
+                         {"fast": False, "size": 2.0})
+        given = dict(re.findall(r"\| `--(\w+)`.*? \| `?([^`|]*?)`? \|",
+                                train.command_line().markdown()))
+        for entry in dataclasses.fields(train.Config):
+            self.assertIn(entry.name, given)
+            self.assertIn(entry.metadata["belongs"],
+                          ("network", "training", "test", "report", "input", "output"))
 
     def test_unwritable_log_dir(self):
         (self.folder / "file").write_text("kept")

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 
 import pictures
-import run_folder
 import train
 import visualize
 from fields import isometry_action
 from models import build_model
 from tests.support import ROOT, ROWS, FilesCase, not_installed, write_npz
+from training.files import write_json
+from training.options import TRAIN_MODES
 
 
 class TestVisualize(FilesCase):
@@ -29,8 +30,8 @@ class TestVisualize(FilesCase):
         for option, model in visualize.NETWORKS.items():
             torch.save(build_model(model).state_dict(), self.folder / f"{option}.pt")
         (self.folder / "results" / "runs").mkdir(parents=True)
-        run_folder.write_json(self.folder / "results" / "error_against_shift.json", {"rows": ROWS})
-        for model, mode in itertools.product(("mobius_regular", "cnn_same_channels"), train.TRAIN_MODES):
+        write_json(self.folder / "results" / "error_against_shift.json", {"rows": ROWS})
+        for model, mode in itertools.product(("mobius_regular", "cnn_same_channels"), TRAIN_MODES):
             name = f"mnist-{model}-{mode}-seed0-precision_bf16.json"
             shutil.copy(ROOT / "results" / "runs" / name, self.folder / "results" / "runs" / name)
         self.options = ["--data", self.data, "--gauge_cnn", self.folder / "gauge_cnn.pt", "--cnn", self.folder / "cnn.pt",
