@@ -69,7 +69,10 @@ class TestCheckpoints(RunsCase):
         self.assertIn("finished already", self.main(train, *options))
         self.finish(self.config(num_epochs=3, seed=1), stop_after=1)
         stopped = self.finish(self.config(num_epochs=3), stop_after=2)
-        self.finish(self.config(num_epochs=3, data=str(write_npz(self.folder / "other.npz", 16, 8))), stop_after=1)
+        self.finish(
+            self.config(num_epochs=3, data=str(write_npz(self.folder / "other.npz", 16, 8))),
+            stop_after=1,
+        )
         (self.logs / "damaged").mkdir()
         (self.logs / "damaged" / "result.json").write_text("{")
         printed = self.main(train, *options)
@@ -86,7 +89,10 @@ class TestCheckpoints(RunsCase):
         self.finish(config, folder)
         records = json.loads((folder / "result.json").read_text())["epochs"]
         shown = EventAccumulator(str(folder / "pictures"), size_guidance={"images": 0}).Reload()
-        self.assertEqual([event.step for event in shown.Images("network/kernels of the first layer")], [0, 1, 2, 3])
+        self.assertEqual(
+            [event.step for event in shown.Images("network/kernels of the first layer")],
+            [0, 1, 2, 3],
+        )
         self.assertEqual([event.step for event in shown.Images("digits/shifted test")], [0])
         scalars = EventAccumulator(str(folder)).Reload().Scalars("loss/train")
         self.assertEqual([event.step for event in scalars], [1, 2, 3])
@@ -108,7 +114,8 @@ class TestCheckpoints(RunsCase):
         options = self.options("--num_epochs", epochs, "--log_dir", folder)
         while kills < self.KILLS:
             if finished == epochs:  # and once more from the start
-                self.main(train, *options, "--resume")  # the kill may have come before all files followed from the checkpoint
+                # The kill may have come before all files followed from the checkpoint.
+                self.main(train, *options, "--resume")
                 self.assertSameRun(next(folder.iterdir()), expected)
                 shutil.rmtree(folder)
                 finished = 0
@@ -121,7 +128,7 @@ class TestCheckpoints(RunsCase):
             self.assertIn(status, (None, 0), printed)
             kills += status is None
             told = [int(epoch) for epoch in re.findall(r"^epoch +(\d+)/", printed, re.MULTILINE)]
-            # Its checkpoint is whole, and of an epoch at least as late as those that were seen; so are the other files.
+            # All files are complete, and of the last epoch that was printed, or a later one.
             checkpoints = list(folder.glob("*/checkpoint.pt"))
             if checkpoints:
                 (path,) = checkpoints
@@ -129,7 +136,10 @@ class TestCheckpoints(RunsCase):
                 epoch = len(stored["result"]["epochs"])
                 self.assertGreaterEqual(epoch, max([finished, *told]))
                 if finished:
-                    self.assertIn(f"continued after epoch {finished} of", printed + f"continued after epoch {finished} of" * (not printed))
+                    self.assertIn(
+                        f"continued after epoch {finished} of",
+                        printed + f"continued after epoch {finished} of" * (not printed),
+                    )
                 finished = epoch
                 read_result(path.with_name("result.json"))
             else:
@@ -150,13 +160,19 @@ class TestCheckpoints(RunsCase):
 
         def changed(**changes):
             checkpoint = torch.load(io.BytesIO(whole), weights_only=True)
-            checkpoint |= {key: value(checkpoint[key]) if callable(value) else value for key, value in changes.items()}
+            checkpoint |= {
+                key: value(checkpoint[key]) if callable(value) else value
+                for key, value in changes.items()
+            }
             file = io.BytesIO()
             torch.save({key: value for key, value in checkpoint.items() if value is not None}, file)
             return file.getvalue()
 
         resume = ("--resume", folder)
-        cases = [(whole[:n], resume, ["truncated or no checkpoint"]) for n in (0, 1, 100, len(whole) // 2, len(whole) - 1)]
+        cases = [
+            (whole[:n], resume, ["truncated or no checkpoint"])
+            for n in (0, 1, 100, len(whole) // 2, len(whole) - 1)
+        ]
         cases += [
             (b"some other file" * 100, resume, ["truncated or no checkpoint"]),
             (self.data.read_bytes(), resume, ["truncated or no checkpoint"]),
@@ -192,7 +208,14 @@ class TestCheckpoints(RunsCase):
                 self.assertEqual(self.files(), before)
         # Settings of the optimizer are those of the configuration, whatever the file says of them.
         expected = self.finish(self.config(num_epochs=3))
-        path.write_bytes(changed(optimizer=lambda o: {"state": o["state"], "param_groups": [o["param_groups"][0] | {"weight_decay": 1.0}]}))
+        path.write_bytes(
+            changed(
+                optimizer=lambda o: {
+                    "state": o["state"],
+                    "param_groups": [o["param_groups"][0] | {"weight_decay": 1.0}],
+                }
+            )
+        )
         self.assertIn("continued after epoch 1 of 3", self.main(train, *resume))
         self.assertSameRun(folder, expected)
 
@@ -204,8 +227,16 @@ class TestCheckpoints(RunsCase):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
-        self.assertFails(train.main, "--resume", folder, contains=["cannot write", "checkpoint.pt: File too large"])
-        self.assertEqual({name: content for name, content in self.files().items() if name.endswith(".pt")}, before)
+        self.assertFails(
+            train.main,
+            "--resume",
+            folder,
+            contains=["cannot write", "checkpoint.pt: File too large"],
+        )
+        self.assertEqual(
+            {name: content for name, content in self.files().items() if name.endswith(".pt")},
+            before,
+        )
 
     def test_other_threads(self):
         config = self.config(num_epochs=3)
@@ -224,7 +255,10 @@ class TestCheckpoints(RunsCase):
         marker, folder = self.folder / "run", self.finish(self.config())
         torch.save({"format": 1, "config": Evil()}, folder / "checkpoint.pt")
         self.assertFails(train.main, "--resume", folder, contains="checkpoint.pt")
-        self.assertFails(train.main, "--eval_only", "--checkpoint", folder / "checkpoint.pt", contains="checkpoint.pt")
+        self.assertFails(
+            train.main, "--eval_only", "--checkpoint", folder / "checkpoint.pt",
+            contains="checkpoint.pt",
+        )
         self.assertFalse(marker.exists())
 
     def test_one_process_at_a_time(self):
@@ -247,12 +281,27 @@ class TestCheckpoints(RunsCase):
         before = self.files()
         line = f"test error shifted {errors['shifted']:.2f} %, centered {errors['centered']:.2f} %"
         data = ("--data", self.data)
-        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt"))
-        self.assertIn("after 2 epochs", self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt"))
-        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", alone, "--model", "mobius_mixed", *data))
-        self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder / "weights.pt", *data))
+        self.assertIn(
+            line, self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt")
+        )
+        self.assertIn(
+            "after 2 epochs",
+            self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt"),
+        )
+        self.assertIn(
+            line,
+            self.main(
+                train, "--eval_only", "--checkpoint", alone, "--model", "mobius_mixed", *data
+            ),
+        )
+        self.assertIn(
+            line, self.main(train, "--eval_only", "--checkpoint", folder / "weights.pt", *data)
+        )
         self.assertIn(line, self.main(train, "--eval_only", "--checkpoint", folder))
-        printed = self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt", "--test_mode", "centered")
+        printed = self.main(
+            train, "--eval_only", "--checkpoint", folder / "checkpoint.pt", "--test_mode",
+            "centered",
+        )
         self.assertIn(f"test error centered {errors['centered']:.2f} %", printed)
         for arguments, contains in [
             ([], ["--checkpoint FILE"]),
@@ -261,24 +310,42 @@ class TestCheckpoints(RunsCase):
             (["--checkpoint", self.folder], ["cannot read", "checkpoint.pt"]),
             (["--checkpoint", alone, *data], ["--model"]),
             (["--checkpoint", alone, "--model", "cnn_same_params", *data], ["cnn_same_params"]),
-            (["--checkpoint", folder / "weights.pt", "--model", "mobius_regular", *data], ["mobius_mixed, not a mobius_regular"]),
-            (["--checkpoint", folder / "checkpoint.pt", "--model", "mobius_regular"], ["mobius_mixed, not a mobius_regular"]),
-            (["--checkpoint", folder / "checkpoint.pt", "--lr", "1", "--seed", "2"], ["--lr, --seed"]),
+            (
+                ["--checkpoint", folder / "weights.pt", "--model", "mobius_regular", *data],
+                ["mobius_mixed, not a mobius_regular"],
+            ),
+            (
+                ["--checkpoint", folder / "checkpoint.pt", "--model", "mobius_regular"],
+                ["mobius_mixed, not a mobius_regular"],
+            ),
+            (
+                ["--checkpoint", folder / "checkpoint.pt", "--lr", "1", "--seed", "2"],
+                ["--lr, --seed"],
+            ),
         ]:
             with self.subTest(arguments):
                 self.assertFails(train.main, "--eval_only", *arguments, contains=contains)
-        self.assertFails(train.main, *self.options("--checkpoint", folder / "checkpoint.pt"), contains="--eval_only")
+        self.assertFails(
+            train.main,
+            *self.options("--checkpoint", folder / "checkpoint.pt"),
+            contains="--eval_only",
+        )
         self.assertEqual(self.files(), before)
 
     def test_predict_at_every_shift(self):
-        """Those of digits moved one by one; a gauge CNN's repeat every 4 columns, with polyphase pooling in all."""
+        """As of digits moved one by one. A gauge CNN's repeat every 4 columns, with polyphase
+        pooling every column.
+        """
         test = load_dataset(self.data)["test_centered"]
         model = randomized(build_model("mobius_regular"))
         predictions = train.predict_at_every_shift(model, test.images)
         self.assertEqual(predictions.shape, (56, len(test.labels)))
         for shift in (0, 3, 28, 55):
             moved = convert_mnist.Split(isometry_action(test.images, shift, (1, 0, 0)), test.labels)
-            self.assertAlmostEqual(100 * (predictions[shift] != test.labels).double().mean().item(), train.evaluate(model, moved)[1])
+            self.assertAlmostEqual(
+                100 * (predictions[shift] != test.labels).double().mean().item(),
+                train.evaluate(model, moved)[1],
+            )
         for phase in range(4):
             self.assertTrue((predictions[phase::4] == predictions[phase]).all())
         ours = build_model("mobius_regular", pooling="polyphase")
