@@ -25,11 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convert_mnist import LENGTH, WIDTH, CommandLine, write_atomically
-from data_loader import CLASSES
+from convert_mnist import LENGTH, WIDTH
 from models import FEATURES, MODELS, POOLINGS, build_classifier, build_model
 from nn_layers import MobiusConv
-from train import DEVICES, PRECISIONS, describe_environment, keep_freed_memory, select_device
+from fast import keep_freed_memory
+from training.data import CLASSES
+from training.environment import describe_environment, select_device
+from training.files import CommandLine, write_atomically
+from training.options import DEVICES, PRECISIONS
 
 TEXTBOOK = "textbook CNN"
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -204,7 +204,10 @@ class MobiusConv(nn.Module):
 
     @kept_without_gradients
     def expand(self) -> tuple[Tensor, Tensor | None]:
-        """The steerable kernel ``(C_out, C_in, k, k)``, and the bias ``(C_out,)``, None where it is zero."""
+        """The steerable kernel ``(C_out, C_in, k, k)``, and the bias ``(C_out,)``, None where it is zero.
+
+        Without gradients to record, the layer keeps the returned tensors: do not change them in place.
+        """
         return self.expand_kernel(), self.expand_bias()
 
     def expand_kernel(self) -> Tensor:

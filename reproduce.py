@@ -21,15 +21,15 @@ import sys
 
 import torch
 
-from convert_mnist import CommandLine
 from models import MODELS
-from run_folder import BadCheckpoint, say
 from study.runs import OTHER_DEFAULTS, RESULTS, Study, load_data, train_all
 from study.shifts import check_weights, measure_error_against_shift
 from study.table import PAPER_RUNS, table
-from train import (
-    TRAIN_MODES, Config, add_train_options, follow_recipe, keep_freed_memory, select_device,
-)
+from fast import keep_freed_memory
+from training.checkpoints import BadCheckpoint
+from training.environment import select_device
+from training.files import CommandLine, say
+from training.options import TRAIN_MODES, Config, add_train_options, follow_recipe
 
 # Test error in % on shifted test digits by training mode: mean and standard deviation over 32 runs.
 PAPER = {

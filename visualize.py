@@ -21,13 +21,14 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from convert_mnist import LENGTH, SOURCES, CommandLine, write_atomically
+from convert_mnist import LENGTH, SOURCES
 from fields import isometry_action
 from reproduce import PAPER
-from run_folder import Busy, say
 from study.material import FIELDS, NETWORKS, Material
 from study.runs import RESULTS
-from train import keep_freed_memory
+from fast import keep_freed_memory
+from training.files import CommandLine, say, write_atomically
+from training.run_folder import Busy
 
 FOLDER = Path(__file__).resolve().parent / "visualizations"
 STRIP_LENGTH = 5 * LENGTH  # of the strip in space

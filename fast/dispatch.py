@@ -37,7 +37,7 @@ def accelerated(by: Callable) -> Callable:
 
 @contextlib.contextmanager
 def disabled():
-    """Compute by the formulas alone."""
+    """Compute by the formulas alone, in this thread."""
     token = _enabled.set(False)
     try:
         yield

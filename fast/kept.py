@@ -22,12 +22,8 @@ def kept_without_gradients(expand: Callable) -> Callable:
     @functools.wraps(expand)
     def keeping(module: nn.Module):
         parameters = [getattr(module, name) for name in module.parameter_names]
-        if (
-            not is_plain(*parameters)
-            # Parametrizations, pruning and replicas compute tensors in their place.
-            or not all(isinstance(p, nn.Parameter) for p in parameters)
-            or torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        ):
+        recorded = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        if recorded or not is_plain(*parameters):
             return expand(module)
         kept = _KEPT.get(module)
         if kept is None or not all(map(_same, parameters, kept[0])):

@@ -128,6 +128,8 @@ def _kept_spectrum(kernel: Tensor, in_fields: Fields | None, out_fields: Fields 
     derived = getattr(kernel, "derived", {})
     key = width, dtype
     if key not in derived:
+        if len(derived) >= 8:  # strips of many widths
+            derived.clear()
         derived[key] = spectrum(kernel, in_fields, out_fields, width).to(dtype)
     return derived[key]
 

@@ -5,7 +5,10 @@ import tempfile
 
 import torch
 
-from train import Config, Data, Run, describe_environment
+from train import Run
+from training.data import Data
+from training.environment import describe_environment
+from training.options import Config
 
 SIGNS = (0.0, 1e-8)  # sign_eps of each network; the published runs used the second
 EPOCHS = 2

@@ -11,15 +11,16 @@ from convert_mnist import SCALAR, Split
 from fields import isometry_action
 from models import MODELS, build_model
 from nn_layers import MobiusConv
-from run_folder import say, write_json
 from study.features import NetworkFeatures, features_and_shift
 from study.gradients import EPOCHS, FORMAT, measure_gradient_norms
 from study.runs import OTHER_DEFAULTS, Study, read_results_file
 from study.shifts import read_error_against_shift
 from study.table import PAPER_RUNS, Cell
-from train import (
-    LATEST, PRECISIONS, TRAIN_MODES, Config, Data, find_data, load_network, resumed_run, runs_of,
-)
+from train import LATEST, resumed_run
+from training.checkpoints import load_network, runs_of
+from training.data import Data, find_data
+from training.files import say, write_json
+from training.options import PRECISIONS, TRAIN_MODES, Config
 
 NETWORKS = {"gauge_cnn": "mobius_regular", "cnn": "cnn_same_channels"}
 FIELDS = (1, 1, 1)  # one of each type

@@ -18,8 +18,12 @@ from pathlib import Path
 import torch
 
 from convert_mnist import SOURCES
-from run_folder import BadCheckpoint, Busy, read_json, read_result, say, write_json
-from train import RECIPES, REPORTING, Config, Data, Diverged, Run, find_data
+from train import Diverged, Run
+from training.checkpoints import BadCheckpoint, read_result
+from training.data import Data, find_data
+from training.files import read_json, say, write_json
+from training.options import RECIPES, REPORTING, Config
+from training.run_folder import Busy
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 OTHER_DEFAULTS = {"eval_freq": 0, "tensorboard": False}  # than train.py's
@@ -31,7 +35,7 @@ def settings_not_in_paper(config: Config) -> dict:
 
     The settings of a recipe appear as ``{"recipe": name}``.
     """
-    changed = config.changed_settings(IN_EVERY_NAME)
+    changed = config.settings_not_in_paper(IN_EVERY_NAME)
     for recipe, settings in RECIPES.items():
         if settings and settings.items() <= config.protocol().items():
             rest = {name: value for name, value in changed.items() if name not in settings}

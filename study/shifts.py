@@ -6,9 +6,12 @@ from pathlib import Path
 import torch
 
 from convert_mnist import LENGTH
-from run_folder import read_weights, say, write_json
 from study.runs import Study, read_results_file, run_name, settings_not_in_paper
-from train import Data, describe_environment, predict_at_every_shift, trained_model
+from train import predict_at_every_shift
+from training.checkpoints import read_weights, trained_model
+from training.data import Data
+from training.environment import describe_environment
+from training.files import say, write_json
 
 FORMAT = 1  # of error_against_shift.json
 LISTED = 100  # changed predictions in a row of it

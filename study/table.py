@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from models import MODELS, has_sign_flip_fields
-from run_folder import read_result
 from study.runs import Study, run_name, settings_not_in_paper
-from train import TRAIN_MODES
+from training.checkpoints import read_result
+from training.options import TRAIN_MODES
 
 PAPER_RUNS = 32  # of each cell of Table 5
 SIGNIFICANCE = 0.01

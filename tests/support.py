@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 import convert_mnist
-import run_folder
 import train
 from fields import gauge_transform, isometry_action
 from tests.reference import TOLERANCE, features, on_blank_strip, rounded
+from training.environment import describe_environment
+from training.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = collections.Counter()  # of what was survived
@@ -37,8 +38,8 @@ ROWS = [row | {"predictions": 560, "changed": 0} for row in ROWS]
 def write_reliability() -> None:
     """What was survived, in the file of the README's figures, if $RELIABILITY names one."""
     if path := os.environ.get("RELIABILITY"):
-        environment = train.describe_environment(torch.device("cpu"))
-        run_folder.write_json(path, {"environment": environment, "survived": dict(COUNTS)})
+        environment = describe_environment(torch.device("cpu"))
+        write_json(path, {"environment": environment, "survived": dict(COUNTS)})
 
 
 class Case(unittest.TestCase):
@@ -107,17 +108,25 @@ class FilesCase(Case):
 
 
 @contextlib.contextmanager
-def not_installed(module: str):
-    """Imports of `module` fail. (mock.patch.dict would also forget every other module imported meanwhile.)"""
-    absent = object()
-    before = sys.modules.get(module, absent)
-    sys.modules[module] = None
+def imports(**modules):
+    """Replace modules, `torch__utils` for torch.utils; imports of one that is None fail.
+
+    (mock.patch.dict would also forget every other module imported meanwhile.)
+    """
+    modules = {name.replace("__", "."): module for name, module in modules.items()}
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
+    sys.modules.update(modules)
     try:
         yield
     finally:
-        del sys.modules[module]
-        if before is not absent:
-            sys.modules[module] = before
+        for name in modules:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def not_installed(module: str):
+    """Imports of `module` fail."""
+    return imports(**{module: None})
 
 
 def write_npz(path: Path, n_train: int = 64, n_test: int = 32, **changes) -> Path:

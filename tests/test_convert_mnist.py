@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 import convert_mnist
 import train
-from tests.support import ROOT, FilesCase, not_installed
+from tests.support import ROOT, FilesCase, imports
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -33,8 +34,13 @@ def write_fake_mnist(folder: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for split, n in (("train", 60_000), ("t10k", 10_000)):
         images = np.zeros((n, 28, 28), np.uint8)
-        images[np.arange(n), random.integers(28, size=n), random.integers(28, size=n)] = random.integers(1, 256, size=n)
-        arrays |= {f"{split}-images-idx3-ubyte": images, f"{split}-labels-idx1-ubyte": random.integers(10, size=n)}
+        images[np.arange(n), random.integers(28, size=n), random.integers(28, size=n)] = (
+            random.integers(1, 256, size=n)
+        )
+        arrays |= {
+            f"{split}-images-idx3-ubyte": images,
+            f"{split}-labels-idx1-ubyte": random.integers(10, size=n),
+        }
     for name, array in arrays.items():
         write_idx(folder / name, array)
     return arrays
@@ -57,7 +63,9 @@ class TestConvertMNIST(FilesCase):
             self.assertEqual(data[f"{split}_labels"].shape, (n,))
         # Compressed: MNIST's 44,000 images come to less than 12 MB instead of 138.
         with zipfile.ZipFile(self.folder / "digits.npz") as archive:
-            self.assertEqual({member.compress_type for member in archive.infolist()}, {zipfile.ZIP_DEFLATED})
+            self.assertEqual(
+                {member.compress_type for member in archive.infolist()}, {zipfile.ZIP_DEFLATED}
+            )
         box = data["train_data_centered"][:, :, 4:24, 4:24]
         self.assertEqual(box.sum(), data["train_data_centered"].sum())
         self.assertEqual(len(data), 8)
@@ -66,13 +74,21 @@ class TestConvertMNIST(FilesCase):
         from sklearn.datasets import load_digits
         images, labels = load_digits(return_X_y=True)
         data = self.convert()
-        centered = torch.from_numpy(np.concatenate([data["train_data_centered"], data["test_data_centered"]]))
+        centered = torch.from_numpy(
+            np.concatenate([data["train_data_centered"], data["test_data_centered"]])
+        )
         # Bilinear upscaling keeps a digit's mean, near enough, and its coarse shape.
-        coarse = F.interpolate(centered[:, :, 4:24, 4:24], size=(8, 8), mode="area").flatten(1).double()
+        coarse = (
+            F.interpolate(centered[:, :, 4:24, 4:24], size=(8, 8), mode="area").flatten(1).double()
+        )
         expected = torch.from_numpy(images) / 16
-        correlation = torch.corrcoef(torch.cat([coarse.flatten()[None], expected.flatten()[None]]))[0, 1]
+        correlation = torch.corrcoef(torch.cat([coarse.flatten()[None], expected.flatten()[None]]))[
+            0, 1
+        ]
         self.assertGreater(correlation, 0.95)
-        self.assertTrue(np.array_equal(np.concatenate([data["train_labels"], data["test_labels"]]), labels))
+        self.assertTrue(
+            np.array_equal(np.concatenate([data["train_labels"], data["test_labels"]]), labels)
+        )
 
     def test_shifted_digits_follow_from_the_stored_shifts(self):
         data = self.convert()
@@ -81,14 +97,19 @@ class TestConvertMNIST(FilesCase):
             self.assertEqual((shifts.min(), shifts.max()), (0, 55))
             centered = data[f"{split}_data_centered"]
             cover = np.concatenate([centered, centered[:, :, ::-1]], axis=3)
-            expected = np.stack([np.roll(digit, t, axis=2)[:, :, :28] for digit, t in zip(cover, shifts)])
+            expected = np.stack(
+                [np.roll(digit, t, axis=2)[:, :, :28] for digit, t in zip(cover, shifts)]
+            )
             self.assertTrue(np.array_equal(data[f"{split}_data_shifted"], expected))
         counts = np.bincount(data["train_shifts"], minlength=56)
-        self.assertLess(((counts - 1297 / 56) ** 2 / (1297 / 56)).sum(), 99)  # chi-squared with 55 degrees, p = 0.0002
+        chi_squared = ((counts - 1297 / 56) ** 2 / (1297 / 56)).sum()
+        self.assertLess(chi_squared, 99)  # with 55 degrees of freedom: p = 0.0002
 
     def test_same_options_same_bytes(self):
         first = convert_mnist.convert("digits", self.folder / "a.npz", seed=3).read_bytes()
-        self.assertEqual(first, convert_mnist.convert("digits", self.folder / "b.npz", seed=3).read_bytes())
+        self.assertEqual(
+            first, convert_mnist.convert("digits", self.folder / "b.npz", seed=3).read_bytes()
+        )
         a, b = self.convert(seed=3), self.convert(seed=4)
         self.assertFalse(np.array_equal(a["train_shifts"], b["train_shifts"]))
         self.assertTrue(np.array_equal(a["train_data_centered"], b["train_data_centered"]))
@@ -104,26 +125,49 @@ class TestConvertMNIST(FilesCase):
 
     def test_mnist_from_a_folder(self):
         arrays = write_fake_mnist(self.folder / "MNIST" / "raw")
-        for root in (self.folder, self.folder / "MNIST" / "raw"):  # torchvision's root, or the files by themselves
-            path = convert_mnist.convert("mnist", self.folder / "mnist.npz", mnist_root=root, train_size=50)
+        for root in (
+            self.folder,
+            self.folder / "MNIST" / "raw",
+        ):  # torchvision's root, or the files by themselves
+            path = convert_mnist.convert(
+                "mnist", self.folder / "mnist.npz", mnist_root=root, train_size=50
+            )
             with np.load(path, allow_pickle=False) as npz:
                 for split, n in (("train", 50), ("t10k", 10_000)):
                     name = split.replace("t10k", "test")
                     images = arrays[f"{split}-images-idx3-ubyte"][:n, None] / np.float32(255)
                     self.assertTrue(np.array_equal(npz[f"{name}_data_centered"], images))
-                    self.assertTrue(np.array_equal(npz[f"{name}_labels"], arrays[f"{split}-labels-idx1-ubyte"][:n]))
-        path = convert_mnist.convert("mnist_validation", self.folder / "validation.npz", mnist_root=self.folder, train_size=50)
+                    self.assertTrue(
+                        np.array_equal(
+                            npz[f"{name}_labels"], arrays[f"{split}-labels-idx1-ubyte"][:n]
+                        )
+                    )
+        path = convert_mnist.convert(
+            "mnist_validation", self.folder / "validation.npz", mnist_root=self.folder,
+            train_size=50,
+        )
         with np.load(path, allow_pickle=False) as npz:  # nothing of the test set
             for name, digits in (("train", slice(50)), ("test", slice(20_000, 30_000))):
                 images = arrays["train-images-idx3-ubyte"][digits, None] / np.float32(255)
                 self.assertTrue(np.array_equal(npz[f"{name}_data_centered"], images))
-                self.assertTrue(np.array_equal(npz[f"{name}_labels"], arrays["train-labels-idx1-ubyte"][digits]))
+                self.assertTrue(
+                    np.array_equal(npz[f"{name}_labels"], arrays["train-labels-idx1-ubyte"][digits])
+                )
         for bad in (0, 60_001):
-            self.assertFails(convert_mnist.main, "--train_size", bad, contains=["train_size", "1 … 60000", str(bad)])
-        self.assertFails(convert_mnist.main, "--source", "mnist_validation", "--train_size", 20_001, contains=["1 … 20000", "20001"])
+            self.assertFails(
+                convert_mnist.main, "--train_size", bad,
+                contains=["train_size", "1 … 60000", str(bad)],
+            )
+        self.assertFails(
+            convert_mnist.main, "--source", "mnist_validation", "--train_size", 20_001,
+            contains=["1 … 20000", "20001"],
+        )
 
     def test_mnist_that_is_not_there(self):
-        line = self.assertFails(convert_mnist.main, "--mnist_root", self.folder, contains=[str(self.folder), "--mnist_root"])
+        line = self.assertFails(
+            convert_mnist.main, "--mnist_root", self.folder,
+            contains=[str(self.folder), "--mnist_root"],
+        )
         for name in convert_mnist.MNIST_FILES:
             self.assertIn(name, line)
 
@@ -136,58 +180,74 @@ class TestConvertMNIST(FilesCase):
         high = self.folder / "high"
         write_idx(high, np.full(60_000, 10))
         for path, content in [
-            (images, whole[images][:1_000_000]),
-            (labels, whole[labels][:100]),
-            (images, b""),
-            (images, b"no digits" * 9),
-            (images, small.read_bytes()),
-            (labels, high.read_bytes()),
-            (images, gzip.compress(b"digits")),
-            (labels, whole[images]),
+            (images, whole[images][:1_000_000]), (labels, whole[labels][:100]), (images, b""),
+            (images, b"no digits" * 9), (images, small.read_bytes()), (labels, high.read_bytes()),
+            (images, gzip.compress(b"digits")), (labels, whole[images]),
         ]:
             path.write_bytes(content)
             with self.subTest(path=path.name, content=content[:20]):
-                self.assertFails(convert_mnist.main, "--mnist_root", self.folder, "--out", self.folder / "out.npz",
-                                 contains=[path.name, str(self.folder), "truncated or not MNIST"])
+                self.assertFails(
+                    convert_mnist.main, "--mnist_root", self.folder, "--out",
+                    self.folder / "out.npz",
+                    contains=[path.name, str(self.folder), "not MNIST's"],
+                )
                 self.assertFalse((self.folder / "out.npz").exists())
             path.write_bytes(whole[path])
 
     def test_no_network(self):
+        def no_network(root, download):
+            raise OSError("no network: port 443")
+
+        torchvision = types.SimpleNamespace(MNIST=no_network)
         with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder), \
-                mock.patch("socket.getaddrinfo", side_effect=OSError("no network")):
-            for main, arguments in ((convert_mnist.main, []), (train.main, ["--model", "mobius_regular"])):
-                line = self.assertFails(main, *arguments, contains=["--mnist_root", "--dataset digits"])
-                for name in convert_mnist.MNIST_FILES:
-                    self.assertIn(name, line)
+                imports(torchvision=torchvision, torchvision__datasets=torchvision):
+            for main, arguments in (
+                (convert_mnist.main, []), (train.main, ["--model", "mobius_regular"])
+            ):
+                self.assertFails(main, *arguments, contains=[
+                    "could not download MNIST (no network)", "--mnist_root", "--dataset digits",
+                    *convert_mnist.MNIST_FILES,
+                ])
         self.assertEqual(list(self.folder.iterdir()), [])
 
     def test_download(self):
-        """What torchvision downloads is in place once it is complete, and not downloaded again."""
+        """What torchvision downloads is in place once complete, and not downloaded again."""
         calls = []
 
-        class Downloader:
-            def __init__(self, root, download):
-                calls.append(root)
-                write_fake_mnist(Path(root) / "MNIST" / "raw")
+        def download(root, download):
+            calls.append(root)
+            write_fake_mnist(Path(root) / "MNIST" / "raw")
 
-        real = convert_mnist._torchvision_mnist()
-        with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder):
-            with mock.patch.object(convert_mnist, "_torchvision_mnist", side_effect=[Downloader, real]):
-                train_set, test_set = convert_mnist.load_mnist()
+        torchvision = types.SimpleNamespace(MNIST=download)
+        with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder), \
+                imports(torchvision=torchvision, torchvision__datasets=torchvision):
+            train_set, test_set = convert_mnist.load_mnist()
             self.assertEqual((len(train_set.labels), len(test_set.labels)), (60_000, 10_000))
             convert_mnist.load_mnist()
+            self.assertEqual(len(calls), 1)
             # A file that went missing is fetched again, into a folder that holds the others.
             (self.folder / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
-            with mock.patch.object(convert_mnist, "_torchvision_mnist", side_effect=[Downloader, real]):
-                convert_mnist.load_mnist()
+            convert_mnist.load_mnist()
         self.assertEqual(len(calls), 2)
         self.assertEqual([path.name for path in self.folder.iterdir()], ["MNIST"])
 
     def test_without_torchvision(self):
-        write_fake_mnist(self.folder)
-        with not_installed("torchvision.datasets"):
-            self.assertFails(convert_mnist.main, "--mnist_root", self.folder, contains="torchvision")
-            convert_mnist.convert("digits", self.folder / "digits.npz")
+        """Files that are there are read without it; a download names it, and the way out."""
+        write_fake_mnist(self.folder / "mnist")
+
+        class BuiltForAnotherTorch:  # as PyPI's torchvision beside a CPU build of torch
+            @property
+            def MNIST(self):
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+        for module in (None, BuiltForAnotherTorch()):
+            with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder / "data"), \
+                    imports(torchvision=module, torchvision__datasets=module):
+                train_set, _ = convert_mnist.load_mnist(self.folder / "mnist")
+                self.assertEqual(len(train_set.labels), 60_000)
+                self.assertFails(convert_mnist.main, contains=["torchvision", "--mnist_root"])
+                convert_mnist.convert("digits", self.folder / "digits.npz")
+        self.assertFalse((self.folder / "data").exists())
 
     def test_interrupted(self):
         path = convert_mnist.convert("digits", self.folder / "digits.npz")
@@ -200,14 +260,21 @@ class TestConvertMNIST(FilesCase):
         with mock.patch("numpy.savez_compressed", half), self.assertRaises(KeyboardInterrupt):
             convert_mnist.convert("digits", path, seed=1)
         self.assertEqual(self.files(), before)  # and no temporary file is left
-        with mock.patch("os.replace", side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt):
+        with mock.patch("os.replace", side_effect=KeyboardInterrupt), self.assertRaises(
+            KeyboardInterrupt
+        ):
             convert_mnist.convert("digits", path, seed=1)
         self.assertEqual(self.files(), before)
 
     def test_killed(self):
         path = convert_mnist.convert("digits", self.folder / "digits.npz")
         before = path.read_bytes()
-        process = subprocess.Popen([sys.executable, ROOT / "convert_mnist.py", "--source", "digits", "--seed", "1", "--out", path])
+        process = subprocess.Popen(
+            [
+                sys.executable, ROOT / "convert_mnist.py", "--source", "digits", "--seed", "1",
+                "--out", path,
+            ]
+        )
         while process.poll() is None and not list(self.folder.glob(".*.tmp")):
             time.sleep(0.01)
         process.kill()
@@ -216,8 +283,10 @@ class TestConvertMNIST(FilesCase):
 
     def test_unwritable(self):
         (self.folder / "file").write_text("")
-        self.assertFails(convert_mnist.main, "--source", "digits", "--out", self.folder / "file" / "out.npz",
-                         contains=["cannot write", "out.npz"])
+        self.assertFails(
+            convert_mnist.main, "--source", "digits", "--out", self.folder / "file" / "out.npz",
+            contains=["cannot write", "out.npz"],
+        )
         fifo = self.folder / "fifo"
         os.mkfifo(fifo)
         for target in (fifo, self.folder):
@@ -232,12 +301,21 @@ class TestConvertMNIST(FilesCase):
         self.assertTrue((self.folder / "digits.npz").is_file())
 
     def test_bad_options(self):
-        self.assertFails(convert_mnist.main, "--source", "digits", "--mnist_root", self.folder, contains=["mnist_root", "digits"])
+        self.assertFails(
+            convert_mnist.main, "--source", "digits", "--mnist_root", self.folder,
+            contains=["mnist_root", "digits"],
+        )
         for bad in ({"train_size": 10.5}, {"seed": 1.5}, {"seed": 2**32}, {"source": ["digits"]}):
             (name,) = bad
             with self.assertRaisesRegex(ValueError, name):
                 convert_mnist.convert(**{"source": "digits", "path": self.folder / "no.npz"} | bad)
-        self.assertFails(convert_mnist.main, "--source", "cifar", contains=["cifar", "mnist", "digits"])
-        self.assertFails(convert_mnist.main, "--source", "digits", "--seed", "-1", contains=["seed", "-1"])
-        self.assertFails(convert_mnist.main, "--train_size", "many", contains=["--train_size", "many"])
+        self.assertFails(
+            convert_mnist.main, "--source", "cifar", contains=["cifar", "mnist", "digits"]
+        )
+        self.assertFails(
+            convert_mnist.main, "--source", "digits", "--seed", "-1", contains=["seed", "-1"]
+        )
+        self.assertFails(
+            convert_mnist.main, "--train_size", "many", contains=["--train_size", "many"]
+        )
         self.assertFails(convert_mnist.main, "--trainsize", "3", contains="--trainsize")

@@ -1,4 +1,4 @@
-"""Data files that are read, checked and cut into batches, by data_loader.py."""
+"""Data files that are read, checked and cut into batches, by data.py."""
 
 import os
 import zipfile
@@ -7,20 +7,22 @@ import numpy as np
 import torch
 
 import convert_mnist
-import data_loader
 import train
 from tests.support import FilesCase, write_npz
+from training import data
 
 
 class TestDataLoader(FilesCase):
     def test_load_dataset(self):
         path = write_npz(self.folder / "digits.npz")
         with np.load(path) as npz:
-            for name, split in data_loader.load_dataset(path).items():
+            for name, split in data.load_dataset(path).items():
                 kind, version = name.split("_")
                 self.assertTrue(np.array_equal(split.images, npz[f"{kind}_data_{version}"]))
                 self.assertTrue(np.array_equal(split.labels, npz[f"{kind}_labels"]))
-                self.assertEqual((split.images.dtype, split.labels.dtype), (torch.float32, torch.int64))
+                self.assertEqual(
+                    (split.images.dtype, split.labels.dtype), (torch.float32, torch.int64)
+                )
 
     def test_published_layout(self):
         """float64, labels of any number type, no shifts."""
@@ -31,10 +33,10 @@ class TestDataLoader(FilesCase):
             if not key.endswith("shifts"):
                 changes[key] = array[:n].astype(np.float64)
         published = write_npz(self.folder / "published.npz", **changes)
-        ours, theirs = data_loader.load_dataset(path), data_loader.load_dataset(published)
+        ours, loaded = data.load_dataset(path), data.load_dataset(published)
         for name in ours:
-            self.assertTrue(torch.equal(ours[name].images, theirs[name].images))
-            self.assertTrue(torch.equal(ours[name].labels, theirs[name].labels))
+            self.assertTrue(torch.equal(ours[name].images, loaded[name].images))
+            self.assertTrue(torch.equal(ours[name].labels, loaded[name].labels))
 
     def test_bad_files(self):
         good = write_npz(self.folder / "good.npz")
@@ -47,15 +49,21 @@ class TestDataLoader(FilesCase):
         content = good.read_bytes()
 
         def run():
-            return self.assertFails(train.main, "--model", "mobius_regular", "--data", path, "--log_dir", self.folder / "logs",
-                                    contains=[str(path), "--data takes an npz as python convert_mnist.py makes it"])
+            return self.assertFails(
+                train.main, "--model", "mobius_regular", "--data", path, "--log_dir",
+                self.folder / "logs",
+                contains=[str(path), "--data takes an npz as python convert_mnist.py makes it"],
+            )
 
         self.assertIn("No such file", run())
-        for raw in (b"", b"text", content[:len(content) // 2], content[:-10], content[:5000] + bytes(100) + content[5100:]):
+        for raw in (
+            b"", b"text", content[: len(content) // 2], content[:-10],
+            content[:5000] + bytes(100) + content[5100:],
+        ):
             path.write_bytes(raw)
             with self.subTest(len(raw)):
                 self.assertIn("not a complete npz", run())
-        for key in data_loader.KEYS:
+        for key in data.KEYS:
             write_npz(path, **{key: None})
             self.assertIn(f"no {key}", run())
         for change, message in [
@@ -63,9 +71,18 @@ class TestDataLoader(FilesCase):
             ({"train_data_shifted": negative}, "train_data_shifted has values outside [0, 1]"),
             ({"train_data_shifted": missing}, "train_data_shifted has values outside [0, 1]"),
             ({"train_data_centered": images[:, 0]}, "train_data_centered has shape"),
-            ({"test_data_centered": np.zeros((32, 1, 32, 32), np.float32)}, "test_data_centered has shape"),
-            ({"test_data_centered": np.zeros((31, 1, 28, 28), np.float32)}, "test_data_centered has shape"),
-            ({"test_data_centered": np.zeros((32, 1, 28, 28), np.uint8)}, "test_data_centered has dtype"),
+            (
+                {"test_data_centered": np.zeros((32, 1, 32, 32), np.float32)},
+                "test_data_centered has shape",
+            ),
+            (
+                {"test_data_centered": np.zeros((31, 1, 28, 28), np.float32)},
+                "test_data_centered has shape",
+            ),
+            (
+                {"test_data_centered": np.zeros((32, 1, 28, 28), np.uint8)},
+                "test_data_centered has dtype",
+            ),
             ({"test_labels": labels}, "test_labels has labels outside 0 … 9"),
             ({"test_labels": labels - 11}, "test_labels has labels outside 0 … 9"),
             ({"test_labels": labels + 0.5}, "test_labels has labels outside 0 … 9"),
@@ -81,7 +98,14 @@ class TestDataLoader(FilesCase):
         with zipfile.ZipFile(good) as archive, zipfile.ZipFile(path, "w") as damaged:
             for member in archive.namelist():  # a header that is not even Python
                 content = archive.read(member)
-                damaged.writestr(member, content.replace(b"{'descr'", b"{'descr\\\\") if member == "test_labels.npy" else content)
+                damaged.writestr(
+                    member,
+                    (
+                        content.replace(b"{'descr'", b"{'descr\\\\")
+                        if member == "test_labels.npy"
+                        else content
+                    ),
+                )
         run()
         np.save(self.folder / "array.npy", images)
         os.replace(self.folder / "array.npy", path)
@@ -93,13 +117,18 @@ class TestDataLoader(FilesCase):
 
     def test_batches(self):
         split = convert_mnist.Split(torch.arange(10).float().reshape(10, 1, 1, 1), torch.arange(10))
-        in_order = list(data_loader.batches(split, 4))
-        self.assertEqual([batch.labels.tolist() for batch in in_order], [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]])
+        in_order = list(data.batches(split, 4))
+        self.assertEqual(
+            [batch.labels.tolist() for batch in in_order], [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+        )
         generator = torch.Generator().manual_seed(0)
-        epochs = [[batch.labels.tolist() for batch in data_loader.batches(split, 4, generator)] for _ in range(2)]
+        epochs = [
+            [batch.labels.tolist() for batch in data.batches(split, 4, generator)] for _ in range(2)
+        ]
         self.assertNotEqual(epochs[0], epochs[1])
         for epoch in epochs:
-            self.assertEqual([len(batch) for batch in epoch], [4, 4])  # the last, partial one is dropped
+            # The last, smaller batch is dropped.
+            self.assertEqual([len(batch) for batch in epoch], [4, 4])
             self.assertEqual(len(set(sum(epoch, []))), 8)
-        for batch in data_loader.batches(split, 4, generator):
+        for batch in data.batches(split, 4, generator):
             self.assertTrue(torch.equal(batch.images.flatten().long(), batch.labels))

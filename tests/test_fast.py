@@ -27,16 +27,13 @@ from models import MODELS, POOLINGS, build_model, has_sign_flip_fields
 from nn_layers import (
     EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, strip_pool, transport_pad,
 )
-from polyphase import PolyphasePool, norm, one_column_back
+from polyphase import PolyphasePool, norm
 from tests.reference import (
     DOUBLE, FIELDS, KERNEL_SIZES, SIZES, TOLERANCE, channels, features, randomized,
 )
 from tests.support import Case
 
-HALF = (torch.bfloat16, torch.float16)
-TOLERANCES = {
-    torch.float64: TOLERANCE, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2,
-}
+TOLERANCES = {torch.float64: TOLERANCE, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 SOME_FIELDS = [*FIELDS[:3], FIELDS[-1]]
 
 
@@ -45,17 +42,18 @@ SOME_FIELDS = [*FIELDS[:3], FIELDS[-1]]
 
 
 def on_blank(fields, width: int, length: int, dtype=DOUBLE) -> Tensor:
-    """Four samples whose signs and largest values rounding would decide.
+    """Samples whose signs and largest values rounding would decide.
 
     A block of equal values on a blank strip; 0 and values of equal magnitude, the same with an
-    error of a few eps; zeros.
+    error of a few eps, that 32 times as large, and the error alone; zeros.
     """
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     block = torch.zeros(channels(fields), width, length, dtype=DOUBLE)
     block[:, 1:4, 1:4] = 0.75
     equal = 0.75 * torch.randint(-1, 2, block.shape)
-    rounded = equal + eps * torch.randint(-4, 5, block.shape)
-    return torch.stack([block, equal, rounded, torch.zeros_like(block)]).to(dtype)
+    error = eps * torch.randint(-4, 5, block.shape)
+    samples = [block, equal, equal + error, 32 * (equal + error), error, torch.zeros_like(block)]
+    return torch.stack(samples).to(dtype)
 
 
 def strips(fields, width: int, length: int, n: int = 2, dtype=DOUBLE) -> Tensor:
@@ -128,7 +126,7 @@ def elementwise_inputs(dtype):
     """Features of all fields and sizes in all memory formats, and an empty batch."""
     for (f, fields), (s, size) in itertools.product(enumerate(FIELDS), enumerate(SIZES)):
         fields, make = Fields(*fields), FORMATS[(f + s) % 3]
-        x = make(strips(fields, *size, 14, dtype))
+        x = make(strips(fields, *size, 9, dtype))
         yield f"{tuple(fields)}, W x L = {size}, {make.__name__}", fields, x
     yield "an empty batch", fields, strips(fields, *size, dtype=dtype)[:0]
 
@@ -142,31 +140,27 @@ def pad_columns_cases(dtype):
 def equiv_elu_cases(dtype):
     for about, fields, x in elementwise_inputs(dtype):
         if fields.sign:
-            b = torch.randn(1, fields.sign, 1, 1, dtype=torch.float32 if dtype in HALF else dtype)
+            b = torch.randn(1, fields.sign, 1, 1, dtype=torch.promote_types(dtype, torch.float32))
             yield Arguments(about, [x, b], lambda x, b: (x, b, fields))
 
 
 def max_pool_cases(dtype):
     for about, fields, x in elementwise_inputs(dtype):
-        for padding, ceil_mode in (((0, 0), False), ((0, 0), True), ((1, 0), False)):
-            about = f"padding = {padding}, ceil_mode = {ceil_mode}, {about}"
-            yield Arguments(about, [x], lambda x: (x, fields, padding, ceil_mode))
+        alignments = ((0, 0), False), ((0, 0), True), ((1, 0), False)
+        for stride, (padding, ceil_mode) in itertools.product(((2, 1), (2, 2)), alignments):
+            case = f"stride {stride}, padding {padding}, ceil_mode {ceil_mode}, {about}"
+            yield Arguments(case, [x], lambda x: (x, fields, stride, padding, ceil_mode))
 
 
-def better_grid_cases(dtype):
+def polyphase_pool_cases(dtype):
     for about, fields, x in elementwise_inputs(dtype):
         if x.shape[3] % 2 == 0:
             with fast.disabled():
-                even, odd = (norm(strip_pool(y, fields)) for y in (x, one_column_back(x, fields)))
+                windows = strip_pool(x, fields, step=1)
+                even, odd = norm(windows[..., 0::2]), norm(windows[..., 1::2])
             # Rounding may decide between grids that are as good as equal.
             x = x[((odd - even).abs() > TOLERANCES[dtype] * odd) | (odd == 0)]
-            yield Arguments(about, [], lambda: (x, fields))  # it is not differentiable
-
-
-def shift_back_cases(dtype):
-    for about, fields, x in elementwise_inputs(dtype):
-        for p in (torch.rand(len(x)) < 0.5, torch.zeros(len(x)).bool(), torch.ones(len(x)).bool()):
-            yield Arguments(f"p = {p.int().tolist()}, {about}", [x], lambda x: (x, p, fields))
+            yield Arguments(about, [x], lambda x: (x, fields))
 
 
 def strip_conv_cases(dtype):
@@ -176,7 +170,7 @@ def strip_conv_cases(dtype):
     """
     axes = map(enumerate, (FIELDS, FIELDS, KERNEL_SIZES))
     for (i, in_fields), (o, out_fields), (s, k) in itertools.product(*axes):
-        if dtype not in HALF:
+        if dtype != torch.bfloat16:
             size = SIZES[(i + o + s) % len(SIZES)]
             layer = randomized(MobiusConv(in_fields, out_fields, k, dtype=dtype))
             x = channels_last(strips(in_fields, *size, dtype=dtype))
@@ -201,7 +195,7 @@ def expanded(layer: MobiusConv, values) -> tuple[Tensor, Tensor | None]:
 
 def naive_conv_cases(dtype):
     for k, size, bias in itertools.product(KERNEL_SIZES, SIZES, (True, False)):
-        if dtype not in HALF:
+        if dtype != torch.bfloat16:
             x = channels_last(strips((3, 0, 0), *size, dtype=dtype))
             inputs = [x, torch.randn(4, 3, k, k, dtype=dtype)]
             about = f"k = {k}, W x L = {size}"
@@ -215,8 +209,7 @@ CASES = {
     "pad_columns": pad_columns_cases,
     "equiv_elu": equiv_elu_cases,
     "max_pool": max_pool_cases,
-    "better_grid": better_grid_cases,
-    "shift_back": shift_back_cases,
+    "polyphase_pool": polyphase_pool_cases,
     "strip_conv": strip_conv_cases,
     "naive_conv": naive_conv_cases,
 }
@@ -225,16 +218,15 @@ CASES = {
 def one_case(name: str) -> Arguments:
     """A small one of all field types, which the twin does not decline."""
     fields, other = Fields(1, 1, 1), Fields(0, 2, 1)
-    x, p = channels_last(features(fields, 4, 4, n=1)), torch.ones(1).bool()
+    x = channels_last(features(fields, 4, 4, n=1))
     layer = randomized(MobiusConv(fields, other, 3, dtype=DOUBLE))
     kernel, bias = (tensor.detach() for tensor in layer.expand())
     b = torch.randn(1, 1, 1, 1, dtype=DOUBLE)
     return {
         "pad_columns": Arguments(name, [x], lambda x: (x, 1, fields)),
         "equiv_elu": Arguments(name, [x, b], lambda x, b: (x, b, fields)),
-        "max_pool": Arguments(name, [x], lambda x: (x, fields, (0, 0), False)),
-        "better_grid": Arguments(name, [x], lambda x: (x, fields)),
-        "shift_back": Arguments(name, [x], lambda x: (x, p.to(x.device), fields)),
+        "max_pool": Arguments(name, [x], lambda x: (x, fields, (2, 2), (0, 0), False)),
+        "polyphase_pool": Arguments(name, [x], lambda x: (x, fields)),
         "strip_conv": Arguments(name, [x, kernel, bias], lambda *args: (*args, fields, other)),
         "naive_conv": Arguments(name, [x, kernel, bias], lambda *args: args),
     }[name]
@@ -271,27 +263,27 @@ class FastCase(Case):
 
 class TestTwins(FastCase):
     def derivatives(self, function: Callable, case: Arguments) -> list[Tensor]:
-        """The value, all gradients, and in float64 the gradients of these in some direction."""
+        """The value without and with gradients, these, and in float64 theirs in some direction."""
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape):
             return torch.randn(shape, generator=generator, dtype=DOUBLE).to(y.dtype)
 
         inputs = [x.detach().requires_grad_() for x in case.inputs]
+        with torch.no_grad():
+            value = function(*case.of(*inputs))
         y = function(*case.of(*inputs))
-        if not y.dtype.is_floating_point:
-            return [y]
         n, c, w, l = y.shape
         # In other dtypes the gradient of y has no memory of its own, as that of a sum().
         grad = random(n, c, w, l) if y.dtype == DOUBLE else random(c, 1, l).expand_as(y)
         grad.requires_grad_()
         gradients = torch.autograd.grad(y, inputs, grad, retain_graph=True)
         if y.dtype != DOUBLE:
-            return [y, *gradients]
+            return [value, y, *gradients]
         again = torch.autograd.grad(y, inputs, grad, create_graph=True)
         directions = [random(*x.shape) for x in inputs]
         second = torch.autograd.grad(again, [grad, *inputs], directions, materialize_grads=True)
-        return [y, *gradients, *again, *second]
+        return [value, y, *gradients, *again, *second]
 
     def test_each_twin_equals_its_formula(self):
         for (name, function), dtype in itertools.product(TWINS.items(), TOLERANCES):
@@ -307,7 +299,7 @@ class TestTwins(FastCase):
                         expected = self.derivatives(function.formula, case)
                     self.assertSame(actual, expected, TOLERANCES[dtype], about)
                 self.assertEqual(calls > 0, cases > 0, "a twin that declines in all cases")
-                self.assertTrue(cases or dtype in HALF)
+                self.assertTrue(cases or dtype == torch.bfloat16)
 
     def test_the_register(self):
         self.assertEqual(set(TWINS), set(CASES))
@@ -381,21 +373,19 @@ class TestTwins(FastCase):
                         traced = torch.jit.trace(call, x, check_trace=False)
                     for traced in (traced, make_fx(call)(x)):
                         self.assertSame([traced(x)], [y], TOLERANCE)
-                    if y.dtype == DOUBLE:
-                        jacobians = [torch.func.jacrev(call)(x), torch.func.jacfwd(call)(x)]
-                        hessian = torch.func.hessian(loss)(x)
-                        with forward_ad.dual_level():
-                            dual = call(forward_ad.make_dual(x, torch.ones_like(x)))
-                            forward = forward_ad.unpack_dual(dual).tangent
+                    jacobians = [torch.func.jacrev(call)(x), torch.func.jacfwd(call)(x)]
+                    hessian = torch.func.hessian(loss)(x)
+                    with forward_ad.dual_level():
+                        dual = call(forward_ad.make_dual(x, torch.ones_like(x)))
+                        forward = forward_ad.unpack_dual(dual).tangent
                 self.assertEqual(counts, {})
                 self.assertSame([batch[1]], [call(2 * x)], TOLERANCE)
-                if y.dtype == DOUBLE:
-                    jacobian = torch.autograd.functional.jacobian(call, x)
-                    batched = torch.autograd.functional.jacobian(call, x, vectorize=True)
-                    self.assertSame([*jacobians, batched], [jacobian] * 3, TOLERANCE)
-                    self.assertSame([forward], [jacobian.sum(dim=(4, 5, 6, 7))], TOLERANCE)
-                    expected = torch.autograd.functional.hessian(loss, x)
-                    self.assertSame([hessian], [expected], TOLERANCE)
+                jacobian = torch.autograd.functional.jacobian(call, x)
+                batched = torch.autograd.functional.jacobian(call, x, vectorize=True)
+                self.assertSame([*jacobians, batched], [jacobian] * 3, TOLERANCE)
+                self.assertSame([forward], [jacobian.sum(dim=(4, 5, 6, 7))], TOLERANCE)
+                expected = torch.autograd.functional.hessian(loss, x)
+                self.assertSame([hessian], [expected], TOLERANCE)
 
 
 class TestConvolutions(FastCase):
@@ -522,7 +512,9 @@ class TestConvolutions(FastCase):
             x = make(features((2, 1, 1), 8, 8)).requires_grad_()
             y = layer((2, 1, 1))(x)
             (grad,) = torch.autograd.grad(y.square().sum(), x)
-            for result in (y, grad):
+            with torch.no_grad():
+                z = layer((2, 1, 1))(x)
+            for result in (y, grad, z):
                 self.assertEqual(result.stride(), make(result).stride(), layer)
 
     def test_wrong_dtypes_are_refused_either_way(self):
@@ -929,7 +921,7 @@ class TestKeptKernels(FastCase):
         layer = randomized(MobiusConv((0, 0, 1), (0, 0, 1), 3, dtype=DOUBLE))
         seen = set()
         with torch.no_grad():
-            for width in (*range(1, 12), 3, 1):
+            for width in (*range(1, 9), 3, 1):
                 x = channels_last(features((0, 0, 1), width, 4))
                 with self.counted() as calls:
                     y = layer(x)

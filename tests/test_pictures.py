@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import convert_mnist
 import reproduce
 from fields import isometry_action
-from models import MODELS, build_model, count_parameters
-from nn_layers import POOLINGS, MobiusConv
+from models import MODELS, POOLINGS, build_model, count_parameters
+from nn_layers import MobiusConv
 from study import figures
 from study.features import features_and_shift
 from tests.reference import DOUBLE, act, channels, features, randomized, reference_cover

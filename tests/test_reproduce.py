@@ -24,11 +24,13 @@ import torch
 
 import convert_mnist
 import reproduce
-import run_folder
 import train
 from models import MODELS
 from study.runs import Study, run_name
 from tests.support import COUNTS, ROOT, RunsCase, Zygote, not_installed
+from training.checkpoints import load_network
+from training.files import write_json
+from training.options import DEFAULTS, RECIPES
 
 
 class TestReproduce(RunsCase):
@@ -55,7 +57,7 @@ class TestReproduce(RunsCase):
         """Results as train.py leaves them, with test errors `error(config, version)`."""
         for config in study.configs:
             errors = {version: float(error(config, version)) for version in config.test_versions}
-            run_folder.write_json(study.file(config), {
+            write_json(study.file(config), {
                 "status": "finished", "config": config.protocol(), "parameters": 1, "epochs": [],
                 "environment": {}, "data": {"sha256": "0"}, "test_error": errors, "seconds": 1.0,
             })
@@ -112,7 +114,7 @@ class TestReproduce(RunsCase):
         configs.append(train.Config("mobius_mixed"))
         self.assertEqual(len({run_name(config) for config in configs}), len(configs))
         # A recipe is its settings; in names it stands for them.
-        recipe = train.RECIPES["improved"]
+        recipe = RECIPES["improved"]
         config = train.Config("mobius_regular", **recipe | {"precision": "bf16"})
         self.assertEqual(run_name(config),
                          "mnist-mobius_regular-centered-seed0-recipe_improved-precision_bf16")
@@ -121,7 +123,7 @@ class TestReproduce(RunsCase):
         self.assertEqual((config.lr, config.batch_size), (0.5, 64))
         for name, value in recipe.items():
             near = train.Config("mobius_regular",
-                                **recipe | {name: 1e-3 if name == "lr" else train.DEFAULTS[name]})
+                                **recipe | {name: 1e-3 if name == "lr" else DEFAULTS[name]})
             self.assertNotIn("recipe", run_name(near))
         for name, value in {"eval_freq": 3, "device": "cpu", "log_dir": "x",
                             "tensorboard": False}.items():
@@ -500,8 +502,8 @@ class TestReproduce(RunsCase):
         self.assertIn("mobius_regular, polyphase pooling, ", printed)
         stored = json.loads((folder / "result.json").read_text())
         stored["config"] |= {"dataset": "digits", "test_mode": "centered"}
-        run_folder.write_json(folder / "result.json", stored)
-        config = train.load_network(folder, {})[1]
+        write_json(folder / "result.json", stored)
+        config = load_network(folder, {})[1]
         self.assertEqual((config.dataset, config.test_mode), ("digits", "centered"))
         row, ours = json.loads(path.read_text())["rows"]
         self.assertEqual((ours["settings"]["pooling"], ours["changed"], ours["first_changed"]),
@@ -555,8 +557,6 @@ class TestReproduce(RunsCase):
             ("[" * 100000, ["no JSON"]),
             (json.dumps(result | {"test_error": None}), ["not of a finished run"]),
             (json.dumps(result | {"test_error": {"shifted": math.nan, "centered": 1.0}}), ["NaN"]),
-            (json.dumps(result | {"test_error": {"shifted": [], "centered": 1.0}}), ["no result"]),
-            (json.dumps(result | {"data": {"sha256": [1]}}), ["no result"]),
             (json.dumps(without_seconds), ["no result"]),
             (json.dumps(result | {"config": {}}), ["model None, not mobius_regular"]),
             (json.dumps(result | {"config": result["config"] | {"lr": 1.0}}),

@@ -1,11 +1,14 @@
 """Single runs of train.py."""
 
+import argparse
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,14 +21,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import convert_mnist
-import data_loader
-import muon
-import run_folder
 import train
 from fields import isometry_action
 from models import MODELS, build_model
 from study import figures
 from tests.support import ROOT, RunsCase, Zygote, not_installed
+from training import muon, run_folder
+from training.checkpoints import read_result
+from training.data import load_dataset
+from training.files import CommandLine
+from training.options import RECIPES, TEST_MODES, TRAIN_MODES
 
 
 class TestTrain(RunsCase):
@@ -38,27 +43,41 @@ class TestTrain(RunsCase):
         return result, run.folder.path, printed.getvalue()
 
     def options(self, *more):
-        return ["--model", "mobius_regular", "--data", self.data, "--log_dir", self.folder / "logs", "--num_epochs", "2",
-                "--batch_size", "16", "--device", "cpu", "--no-tensorboard", *more]
+        return [
+            "--model", "mobius_regular", "--data", self.data, "--log_dir", self.folder / "logs",
+            "--num_epochs", "2", "--batch_size", "16", "--device", "cpu", "--no-tensorboard", *more,
+        ]
 
     def test_defaults_are_the_protocol(self):
         options = vars(train.command_line().parse_args(["--model", "mobius_regular"]))
         config = train.Config("mobius_regular")
-        self.assertEqual(options, {"model": "mobius_regular", "resume": None, "eval_only": False, "checkpoint": None})
-        self.assertEqual(vars(config), vars(config) | {
-            "train_mode": "centered", "test_mode": "both", "num_epochs": 20, "batch_size": 128, "weight_decay": 1e-6, "lr": 5e-3,
-            "lr_decay_period": 4, "lr_decay_factor": 2, "eval_freq": 1, "dataset": "mnist", "device": "auto", "precision": "fp32",
-            "pooling": "fixed", "lr_schedule": "step", "warmup_epochs": 0, "deformation": 0, "stroke_width": 0, "scaling": 0, "dropout": 0.3, "label_smoothing": 0,
-            "optimizer": "adam",
-        })
+        self.assertEqual(options, {"model": "mobius_regular"})
+        self.assertEqual(
+            vars(config),
+            vars(config)
+            | {
+                "train_mode": "centered", "test_mode": "both", "num_epochs": 20, "batch_size": 128,
+                "weight_decay": 1e-6, "lr": 5e-3, "lr_decay_period": 4, "lr_decay_factor": 2,
+                "eval_freq": 1, "dataset": "mnist", "device": "auto", "precision": "fp32",
+                "pooling": "fixed", "lr_schedule": "step", "warmup_epochs": 0, "deformation": 0,
+                "stroke_width": 0, "scaling": 0, "dropout": 0.3, "label_smoothing": 0,
+                "optimizer": "adam",
+            },
+        )
 
     def test_the_run_is_what_was_asked_for(self):
         arrays = np.load(self.data)
-        for train_mode, test_mode in itertools.product(train.TRAIN_MODES, train.TEST_MODES):
-            run = train.Run(self.config(train_mode=train_mode, test_mode=test_mode, weight_decay=0.03, lr=0.02))
+        for train_mode, test_mode in itertools.product(TRAIN_MODES, TEST_MODES):
+            run = train.Run(
+                self.config(train_mode=train_mode, test_mode=test_mode, weight_decay=0.03, lr=0.02)
+            )
             run.folder.close()
-            self.assertTrue(np.array_equal(run.training_set.images, arrays[f"train_data_{train_mode}"]))
-            self.assertEqual(list(run.test_sets), ["shifted", "centered"] if test_mode == "both" else [test_mode])
+            self.assertTrue(
+                np.array_equal(run.training_set.images, arrays[f"train_data_{train_mode}"])
+            )
+            self.assertEqual(
+                list(run.test_sets), ["shifted", "centered"] if test_mode == "both" else [test_mode]
+            )
             for version, test_set in run.test_sets.items():
                 self.assertTrue(np.array_equal(test_set.images, arrays[f"test_data_{version}"]))
         for optimizer, kind in (("adam", torch.optim.Adam), ("muon", muon.Muon)):
@@ -67,7 +86,10 @@ class TestTrain(RunsCase):
             (group,) = run.optimizer.param_groups
             self.assertIs(type(run.optimizer), kind)
             decay = group["kernel_decay" if optimizer == "muon" else "weight_decay"]
-            self.assertEqual((decay, group["lr"], len(group["params"])), (0.03, 0.02, len(list(run.model.parameters()))))
+            self.assertEqual(
+                (decay, group["lr"], len(group["params"])),
+                (0.03, 0.02, len(list(run.model.parameters()))),
+            )
 
     def test_learns(self):
         for model in ("mobius_mixed", "cnn_same_channels"):
@@ -78,7 +100,7 @@ class TestTrain(RunsCase):
     def test_is_a_plain_training_loop(self):
         """Two epochs written out: the same weights, bit for bit."""
         _, folder, _ = self.train(seed=3, lr_decay_period=1, weight_decay=0.01)
-        digits = data_loader.load_dataset(self.data)["train_centered"]
+        digits = load_dataset(self.data)["train_centered"]
         torch.manual_seed(3)
         order = torch.Generator().manual_seed(3)
         model = build_model("mobius_regular").train()
@@ -98,121 +120,207 @@ class TestTrain(RunsCase):
         stored = json.loads((folder / "result.json").read_text())
         self.assertEqual(stored, result)
         self.assertEqual(stored["status"], "finished")
-        self.assertEqual(stored["config"] | {"seed": 5, "model": "mobius_regular", "batch_size": 16, "lr": 0.005}, stored["config"])
+        self.assertEqual(
+            stored["config"]
+            | {"seed": 5, "model": "mobius_regular", "batch_size": 16, "lr": 0.005},
+            stored["config"],
+        )
         self.assertEqual(stored["parameters"], 751_914)
         self.assertEqual((stored["data"]["train_digits"], stored["data"]["test_digits"]), (64, 32))
         self.assertEqual(stored["environment"]["versions"]["torch"], torch.__version__)
         self.assertEqual([record["epoch"] for record in stored["epochs"]], [1, 2])
-        keys = {"epoch", "lr", "train_loss", "train_error", "seconds", "test_loss_shifted", "test_error_shifted",
-                "test_loss_centered", "test_error_centered"}
+        keys = {
+            "epoch", "lr", "train_loss", "train_error", "seconds", "test_loss_shifted",
+            "test_error_shifted", "test_loss_centered", "test_error_centered",
+        }
         self.assertEqual(set(stored["epochs"][0]), keys)
         last = stored["epochs"][-1]
-        self.assertEqual(stored["test_error"], {"shifted": last["test_error_shifted"], "centered": last["test_error_centered"]})
-        # The log is what was printed: a line for the run, one for its settings, one for each epoch, and the final errors.
+        self.assertEqual(
+            stored["test_error"],
+            {"shifted": last["test_error_shifted"], "centered": last["test_error_centered"]},
+        )
+        # The log is what was printed: a line for the run, one for its settings, one for each
+        # epoch, and the final errors.
         self.assertEqual((folder / "log.txt").read_text(), printed)
         lines = printed.splitlines()
         self.assertEqual(len(lines), 5)
         self.assertEqual(lines[1], "not the paper's protocol: num_epochs 2, batch_size 16")
         for version, error in stored["test_error"].items():
             self.assertIn(f"{version} {error:.2f} %", lines[-1])
-        self.assertRegex(lines[2], r"epoch  1/2 .*loss \d.*train error .*test error shifted .*, centered .* s$")
+        self.assertRegex(
+            lines[2], r"epoch  1/2 .*loss \d.*train error .*test error shifted .*, centered .* s$"
+        )
         self.assertRegex(folder.name, r"^[\w.-]+$")
         # The final error is that of the saved weights.
         model = build_model("mobius_regular")
         model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
-        _, error = train.evaluate(model, data_loader.load_dataset(self.data)["test_shifted"])
+        _, error = train.evaluate(model, load_dataset(self.data)["test_shifted"])
         self.assertEqual(error, stored["test_error"]["shifted"])
 
     def test_tensorboard(self):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         result, folder, _ = self.train(tensorboard=True)
-        events, shown = (EventAccumulator(str(path)).Reload() for path in (folder, folder / "pictures"))
+        events, shown = (
+            EventAccumulator(str(path)).Reload() for path in (folder, folder / "pictures")
+        )
         expected = {"loss/train": "train_loss", "error/train": "train_error", "lr": "lr"}
         for version in ("shifted", "centered"):
-            expected |= {f"loss/test_{version}": f"test_loss_{version}", f"error/test_{version}": f"test_error_{version}"}
+            expected |= {
+                f"loss/test_{version}": f"test_loss_{version}",
+                f"error/test_{version}": f"test_error_{version}",
+            }
         for tag, key in expected.items():
             for event, record in zip(events.Scalars(tag), result["epochs"], strict=True):
                 self.assertAlmostEqual(event.value, record[key], places=3)
-        # The pictures: what the run works with, its kernels from before the first epoch on, and how it ends.
-        images = {tag: [event.step for event in shown.Images(tag)] for tag in shown.Tags()["images"]}
-        self.assertEqual(images, {
-            **{f"digits/{name}": [0] for name in ("centered training", "shifted test", "centered test")},
-            "network/kernels of the first layer": [0, 1, 2], "network/error against shift": [2],
-            **{f"network/misclassified {version} test digits": [2] for version in ("shifted", "centered")},
-        })
+        # The pictures: digits, the kernels before the first and after each epoch, and the end.
+        images = {
+            tag: [event.step for event in shown.Images(tag)] for tag in shown.Tags()["images"]
+        }
+        self.assertEqual(
+            images,
+            {
+                **{
+                    f"digits/{name}": [0]
+                    for name in ("centered training", "shifted test", "centered test")
+                },
+                "network/kernels of the first layer": [0, 1, 2],
+                "network/error against shift": [2],
+                **{
+                    f"network/misclassified {version} test digits": [2]
+                    for version in ("shifted", "centered")
+                },
+            },
+        )
         self.assertIn("_hparams_/experiment", events.summary_metadata)
         for version, error in result["test_error"].items():
-            self.assertAlmostEqual(events.Scalars(f"final_error/{version}")[0].value, error, places=3)
+            self.assertAlmostEqual(
+                events.Scalars(f"final_error/{version}")[0].value, error, places=3
+            )
 
     def test_pictures_of_a_run(self):
-        """What TensorBoard is given to show: the network's own mistakes, and its error at each shift."""
+        """TensorBoard gets the network's mistakes, and its error at each shift."""
         run = train.Run(self.config(tensorboard=True, num_epochs=1, batch_size=16))
-        with contextlib.closing(run), mock.patch.object(figures, "digits", wraps=figures.digits) as digits:
-            with mock.patch.object(figures, "error_against_shift", wraps=figures.error_against_shift) as error_against_shift:
-                with mock.patch.object(figures, "first_kernels", wraps=figures.first_kernels) as first_kernels:
+        with contextlib.closing(run), mock.patch.object(
+            figures, "digits", wraps=figures.digits
+        ) as digits:
+            with mock.patch.object(
+                figures, "error_against_shift", wraps=figures.error_against_shift
+            ) as error_against_shift:
+                with mock.patch.object(
+                    figures, "first_kernels", wraps=figures.first_kernels
+                ) as first_kernels:
                     run.train()
         self.assertEqual([call.args[0] for call in first_kernels.mock_calls], [run.model] * 2)
         training, *_, shifted, centered = digits.mock_calls
         self.assertTrue(torch.equal(training.args[0], run.training_set.images[:20]))
-        self.assertEqual(training.args[1], [str(label) for label in run.training_set.labels[:20].tolist()])
+        self.assertEqual(
+            training.args[1], [str(label) for label in run.training_set.labels[:20].tolist()]
+        )
         for version, call in (("shifted", shifted), ("centered", centered)):
             images, labels = run.test_sets[version]
             predictions = run.model.eval()(images).argmax(1)
             wrong = predictions != labels
             self.assertTrue(torch.equal(call.args[0], images[wrong][:20]))
-            self.assertEqual(call.args[1], [f"{y} as {p}" for y, p in zip(labels[wrong].tolist(), predictions[wrong].tolist())][:20])
-            self.assertEqual(call.args[3], f"{wrong.sum()} of 32 {version} test digits are misclassified")
+            self.assertEqual(
+                call.args[1],
+                [
+                    f"{y} as {p}"
+                    for y, p in zip(labels[wrong].tolist(), predictions[wrong].tolist())
+                ][:20],
+            )
+            self.assertEqual(
+                call.args[3], f"{wrong.sum()} of 32 {version} test digits are misclassified"
+            )
         ((row,), _), = (call.args for call in error_against_shift.mock_calls)
         images, labels = run.centered_test_set
-        errors = [100 * (run.model(isometry_action(images, shift, (1, 0, 0))).argmax(1) != labels).double().mean().item() for shift in range(56)]
+        errors = [
+            100
+            * (run.model(isometry_action(images, shift, (1, 0, 0))).argmax(1) != labels)
+            .double()
+            .mean()
+            .item()
+            for shift in range(56)
+        ]
         self.assertEqual(row["errors"], errors)
 
     def test_interrupted_at_its_last_pictures(self):
         run = train.Run(self.config(tensorboard=True, num_epochs=1, batch_size=16), verbose=False)
-        with contextlib.closing(run), mock.patch.object(figures, "error_against_shift", side_effect=KeyboardInterrupt):
+        with contextlib.closing(run), mock.patch.object(
+            figures, "error_against_shift", side_effect=KeyboardInterrupt
+        ):
             with self.assertRaises(KeyboardInterrupt):
                 run.train()
-        self.assertEqual(run_folder.read_result(run.folder.path / "result.json")["status"], "finished")
+        self.assertEqual(read_result(run.folder.path / "result.json")["status"], "finished")
 
     def test_seeds_repeat(self):
         def numbers(**options):
             result, folder, _ = self.train(**options)
             weights = torch.load(folder / "weights.pt", weights_only=True)
-            return [{k: v for k, v in record.items() if k != "seconds"} for record in result["epochs"]], weights
+            return [
+                {k: v for k, v in record.items() if k != "seconds"} for record in result["epochs"]
+            ], weights
 
-        (first, weights), (again, same_weights), (other, _) = numbers(seed=1), numbers(seed=1), numbers(seed=2)
+        (first, weights), (again, same_weights), (other, _) = (
+            numbers(seed=1),
+            numbers(seed=1),
+            numbers(seed=2),
+        )
         self.assertEqual(first, again)
         self.assertTrue(all(torch.equal(weights[key], same_weights[key]) for key in weights))
         self.assertNotEqual(first, other)
 
     def test_learning_rate(self):
         def rates(**options):
-            return [record["lr"] for record in self.train(num_epochs=4, batch_size=64, eval_freq=0, **options)[0]["epochs"]]
+            return [
+                record["lr"]
+                for record in self.train(num_epochs=4, batch_size=64, eval_freq=0, **options)[0][
+                    "epochs"
+                ]
+            ]
 
         self.assertEqual(rates(lr=0.008, lr_decay_period=1), [0.008, 0.004, 0.002, 0.001])
-        self.assertEqual(rates(lr=0.01, lr_decay_period=2, lr_decay_factor=10), [0.01, 0.01, 0.001, 0.001])
+        self.assertEqual(
+            rates(lr=0.01, lr_decay_period=2, lr_decay_factor=10), [0.01, 0.01, 0.001, 0.001]
+        )
         self.assertEqual(rates(lr_decay_period=0), [0.005] * 4)
-        self.assertEqual(rates(lr=0.008, warmup_epochs=2, lr_decay_period=3), [0.002, 0.006, 0.008, 0.004])
+        self.assertEqual(
+            rates(lr=0.008, warmup_epochs=2, lr_decay_period=3), [0.002, 0.006, 0.008, 0.004]
+        )
         half_wave = [0.01 * (1 + math.cos(math.pi * part)) / 2 for part in (1 / 6, 3 / 6, 5 / 6)]
-        for rate, expected in zip(rates(lr=0.01, lr_schedule="cosine", warmup_epochs=1), [0.005, *half_wave], strict=True):
+        for rate, expected in zip(
+            rates(lr=0.01, lr_schedule="cosine", warmup_epochs=1), [0.005, *half_wave], strict=True
+        ):
             self.assertAlmostEqual(rate, expected)
 
     def test_learning_rate_of_each_step(self):
         seen = []
         run = train.Run(self.config(lr=0.01, lr_schedule="cosine", warmup_epochs=1, batch_size=16))
-        with contextlib.closing(run), mock.patch.object(run.optimizer, "step", lambda: seen.append(run.optimizer.param_groups[0]["lr"])):
+        with contextlib.closing(run), mock.patch.object(
+            run.optimizer, "step", lambda: seen.append(run.optimizer.param_groups[0]["lr"])
+        ):
             run.train()
-        self.assertEqual(seen, [run.config.learning_rate((step + 0.5) / run.steps) for step in range(2 * run.steps)])
+        self.assertEqual(
+            seen,
+            [run.config.learning_rate((step + 0.5) / run.steps) for step in range(2 * run.steps)],
+        )
         self.assertEqual(seen.index(max(seen)), run.steps)  # the first after warm-up
         self.assertLess(seen[-1], 0.01 * (math.pi / 2 / run.steps) ** 2)
 
     def test_deformed_digits(self):
-        """Those of each batch are deformed anew, with coefficients that come with the order; for the test they stay as they are."""
+        """Every batch is deformed anew, by the generator of the order; test digits stay."""
         run = train.Run(self.config(deformation=1.5, stroke_width=0.5, scaling=0.3, batch_size=16))
-        digits, order, seen = run.training_set.images, torch.Generator().manual_seed(run.config.seed), []
-        with contextlib.closing(run), mock.patch.object(run.model, "forward", side_effect=run.model.forward) as forward:
+        digits, order, seen = (
+            run.training_set.images,
+            torch.Generator().manual_seed(run.config.seed),
+            [],
+        )
+        with contextlib.closing(run), mock.patch.object(
+            run.model, "forward", side_effect=run.model.forward
+        ) as forward:
             run.train()
-        tested = sum(-(-len(split.labels) // train.EVAL_BATCH_SIZE) for split in run.test_sets.values())
+        tested = sum(
+            -(-len(split.labels) // train.EVAL_BATCH_SIZE) for split in run.test_sets.values()
+        )
         seen = [call.args[0] for call in forward.call_args_list]
         self.assertEqual(len(seen), 2 * (run.steps + tested))
         for epoch in range(2):
@@ -220,12 +328,14 @@ class TestTrain(RunsCase):
             for step in range(run.steps):
                 batch = digits[index[16 * step:16 * (step + 1)]]
                 self.assertNotClose(seen[0], batch)
-                self.assertTrue(torch.equal(seen.pop(0), run.deform(batch, run.deform.draw(16, order))))
+                self.assertTrue(
+                    torch.equal(seen.pop(0), run.deform(batch, run.deform.draw(16, order)))
+                )
             for split in run.test_sets.values():
                 self.assertTrue(torch.equal(seen.pop(0), split.images))
 
     def test_label_smoothing(self):
-        """In training only: a network that gives every class the same loses log 10 either way, one that is sure loses more."""
+        """In training only: a network that is sure of one class then loses more."""
         for smoothing in (0.0, 0.3):
             run = train.Run(self.config(label_smoothing=smoothing, lr=1e-20, dropout=0.0))
             with contextlib.closing(run):
@@ -237,35 +347,63 @@ class TestTrain(RunsCase):
             expected = 20 * ((1 - smoothing) * (1 - threes) + smoothing * 0.9)
             self.assertAlmostEqual(result["epochs"][0]["train_loss"], expected, places=3)
             of_test = (run.test_sets["centered"].labels != 3).double().mean().item()
-            self.assertAlmostEqual(result["epochs"][-1]["test_loss_centered"], 20 * of_test, places=3)
+            self.assertAlmostEqual(
+                result["epochs"][-1]["test_loss_centered"], 20 * of_test, places=3
+            )
 
     def test_recipe(self):
-        options = vars(train.command_line().parse_args(["--model", "mobius_regular", "--recipe", "improved", "--lr", "0.1"]))
-        self.assertEqual({name: options[name] for name in ("model", "recipe", "lr")}, {"model": "mobius_regular", "recipe": "improved", "lr": 0.1})
+        options = vars(
+            train.command_line().parse_args(
+                ["--model", "mobius_regular", "--recipe", "improved", "--lr", "0.1"]
+            )
+        )
+        self.assertEqual(
+            {name: options[name] for name in ("model", "recipe", "lr")},
+            {"model": "mobius_regular", "recipe": "improved", "lr": 0.1},
+        )
         followed = train.follow_recipe({"model": "mobius_regular", "recipe": "improved", "lr": 0.1})
-        self.assertEqual(followed, train.RECIPES["improved"] | {"model": "mobius_regular", "lr": 0.1})
+        self.assertEqual(followed, RECIPES["improved"] | {"model": "mobius_regular", "lr": 0.1})
         self.assertEqual(train.follow_recipe({"seed": 1, "recipe": "paper"}), {"seed": 1})
-        printed = self.main(train, *self.options("--recipe", "improved", "--batch_size", "16", "--num_epochs", "2"))
-        self.assertIn("not the paper's protocol: pooling polyphase, dropout 0.1, num_epochs 2, batch_size 16, optimizer muon, lr 0.003", printed)
+        printed = self.main(
+            train, *self.options("--recipe", "improved", "--batch_size", "16", "--num_epochs", "2")
+        )
+        self.assertIn(
+            "not the paper's protocol: pooling polyphase, dropout 0.1, num_epochs 2, "
+            "batch_size 16, optimizer muon, lr 0.003",
+            printed,
+        )
         (path,) = (self.folder / "logs").glob("*/result.json")
         stored = json.loads(path.read_text())["config"]
-        self.assertEqual(stored, stored | train.RECIPES["improved"] | {"batch_size": 16})
-        self.assertFails(train.main, "--eval_only", "--checkpoint", path.parent, "--recipe", "improved", contains=["leave out --recipe"])
-        self.assertIn("after 2 epochs", self.main(train, "--eval_only", "--checkpoint", path.parent))
+        self.assertEqual(stored, stored | RECIPES["improved"] | {"batch_size": 16})
+        self.assertFails(
+            train.main, "--eval_only", "--checkpoint", path.parent, "--recipe", "improved",
+            contains=["leave out --recipe"],
+        )
+        self.assertIn(
+            "after 2 epochs", self.main(train, "--eval_only", "--checkpoint", path.parent)
+        )
 
     def test_evaluation(self):
         result, _, _ = self.train(num_epochs=3, eval_freq=2, test_mode="centered")
-        self.assertEqual(["test_error_centered" in record for record in result["epochs"]], [False, True, True])
+        self.assertEqual(
+            ["test_error_centered" in record for record in result["epochs"]], [False, True, True]
+        )
         self.assertEqual(set(result["test_error"]), {"centered"})
         result, _, _ = self.train(eval_freq=0, train_mode="shifted")
-        self.assertEqual(["test_error_shifted" in record for record in result["epochs"]], [False, True])
+        self.assertEqual(
+            ["test_error_shifted" in record for record in result["epochs"]], [False, True]
+        )
 
         class Oracle(nn.Module):  # knows all labels but the first three
             def forward(self, images):
                 return F.one_hot(images[:, 0, 0, 0].long(), 10).float()
 
         labels = torch.arange(1234) % 10
-        images = torch.where(torch.arange(1234) < 3, (labels + 1) % 10, labels).float().reshape(-1, 1, 1, 1)
+        images = (
+            torch.where(torch.arange(1234) < 3, (labels + 1) % 10, labels)
+            .float()
+            .reshape(-1, 1, 1, 1)
+        )
         loss, error = train.evaluate(Oracle(), convert_mnist.Split(images, labels))
         self.assertAlmostEqual(error, 100 * 3 / 1234)
         right, wrong = math.log(math.e + 9) - 1, math.log(math.e + 9)
@@ -274,17 +412,22 @@ class TestTrain(RunsCase):
     def test_precision(self):
         for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             run, seen = train.Run(self.config(precision=precision, num_epochs=1)), set()
-            run.model.register_forward_hook(lambda module, inputs, logits: seen.add((module.training, logits.dtype)))
+            run.model.register_forward_hook(
+                lambda module, inputs, logits: seen.add((module.training, logits.dtype))
+            )
             with contextlib.redirect_stdout(io.StringIO()):
                 run.train()
-            self.assertEqual(seen, {(True, dtype), (False, torch.float32)})  # networks are invariant in float32
+            # Tests are in float32, in which networks are invariant.
+            self.assertEqual(seen, {(True, dtype), (False, torch.float32)})
 
     def test_bf16(self):
         result, folder, _ = self.train(precision="bf16", num_epochs=3)
         losses = [record["train_loss"] for record in result["epochs"]]
         self.assertLess(losses[-1], losses[0])
         weights = torch.load(folder / "weights.pt", weights_only=True)
-        self.assertTrue(all(v.dtype == torch.float32 for v in weights.values() if v.is_floating_point()))
+        self.assertTrue(
+            all(v.dtype == torch.float32 for v in weights.values() if v.is_floating_point())
+        )
 
     def test_data_are_made_where_they_are_missing(self):
         with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder / "data"):
@@ -310,16 +453,25 @@ class TestTrain(RunsCase):
         run = train.Run(config)
         with torch.no_grad():
             run.model.classifier[7].bias[0] = math.inf
-        with contextlib.redirect_stdout(io.StringIO()), self.assertRaisesRegex(FloatingPointError, "nan at step 1 of 4 in epoch 1"):
+        with contextlib.redirect_stdout(io.StringIO()), self.assertRaisesRegex(
+            FloatingPointError, "nan at step 1 of 4 in epoch 1"
+        ):
             run.train()
         stored = json.loads((run.folder.path / "result.json").read_text())
         self.assertEqual(stored["status"], "diverged")
         self.assertIn("step 1 of 4", stored["reason"])
         self.assertIn("step 1 of 4", (run.folder.path / "log.txt").read_text())
-        self.assertFails(train.main, *self.options("--lr", "1e20"), contains=["the loss is", "step", "--lr"], status=1)
+        self.assertFails(
+            train.main, *self.options("--lr", "1e20"), contains=["the loss is", "step", "--lr"],
+            status=1,
+        )
         # The last step's damage shows in no training loss.
-        self.assertFails(train.main, *self.options("--lr", "1e20", "--num_epochs", "1", "--batch_size", "64"),
-                         contains=["the loss on shifted test digits is", "step 1 of 1 in epoch 1"], status=1)
+        self.assertFails(
+            train.main,
+            *self.options("--lr", "1e20", "--num_epochs", "1", "--batch_size", "64"),
+            contains=["the loss on shifted test digits is", "step 1 of 1 in epoch 1"],
+            status=1,
+        )
         for path in (self.folder / "logs").glob("*/result.json"):
             stored = json.loads(path.read_text(), parse_constant=self.fail)  # NaN is no JSON
             self.assertEqual((stored["status"], stored["test_error"]), ("diverged", None))
@@ -333,13 +485,17 @@ class TestTrain(RunsCase):
             save(folder, checkpoint)
 
         with mock.patch.object(run_folder.RunFolder, "save", save_once):
-            self.assertFails(train.main, *self.options("--num_epochs", "3"), contains="No space left")
+            self.assertFails(
+                train.main, *self.options("--num_epochs", "3"), contains="No space left"
+            )
         (path,) = (self.folder / "logs").glob("*/result.json")
         self.assertEqual(json.loads(path.read_text())["status"], "failed")
 
     def test_a_reader_that_goes_away_stops_nothing(self):
         command = [str(c) for c in (sys.executable, ROOT / "train.py", *self.options())]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
             process.stdout.readline()
             process.stdout.close()
             stderr = process.stderr.read()
@@ -351,7 +507,9 @@ class TestTrain(RunsCase):
         output = self.folder / "printed"
         pid = Zygote.start("train", self.options("--num_epochs", "1000"), output)
         end = time.monotonic() + 60
-        while not (output.exists() and "epoch  2/" in output.read_text()) and time.monotonic() < end:
+        while (
+            not (output.exists() and "epoch  2/" in output.read_text()) and time.monotonic() < end
+        ):
             time.sleep(0.01)
         os.kill(pid, signal.SIGINT)
         status, printed = Zygote.wait(pid, output)
@@ -363,7 +521,9 @@ class TestTrain(RunsCase):
         self.assertEqual(stored["status"], "interrupted")
         self.assertGreaterEqual(len(stored["epochs"]), 2)
         self.assertIn("interrupted after", (folder / "log.txt").read_text())
-        build_model("mobius_regular").load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+        build_model("mobius_regular").load_state_dict(
+            torch.load(folder / "weights.pt", weights_only=True)
+        )
 
     def test_bad_options(self):
         for options, contains in [
@@ -372,16 +532,20 @@ class TestTrain(RunsCase):
             (["--batch_size", "-128"], ["batch_size", "-128"]),
             (["--batch_size", "1"], ["batch_size", "at least 2"]),
             (["--batch_size", "2.5"], ["--batch_size", "2.5"]),
-            (["--lr", "0"], ["lr", "positive", "0"]),
-            (["--lr", "nan"], ["lr", "positive", "nan"]),
-            (["--lr", "inf"], ["lr", "inf"]),
-            (["--lr", "-1"], ["lr", "-1"]),
+            (["--lr", "0"], ["lr", "above 0", "0"]), (["--lr", "nan"], ["lr", "above 0", "nan"]),
+            (["--lr", "inf"], ["lr", "inf"]), (["--lr", "-1"], ["lr", "-1"]),
             (["--weight_decay", "-1"], ["weight_decay"]),
             (["--weight_decay", "nan"], ["weight_decay"]),
             (["--num_epochs", "0"], ["num_epochs", "at least 1"]),
             (["--lr_decay_period", "-1"], ["lr_decay_period"]),
-            (["--lr_decay_period", "2", "--lr_schedule", "cosine"], ["lr_decay_period", "left out with lr_schedule cosine"]),
-            (["--recipe", "improved", "--lr_decay_factor", "3"], ["lr_decay_factor", "left out with lr_schedule cosine"]),
+            (
+                ["--lr_decay_period", "2", "--lr_schedule", "cosine"],
+                ["lr_decay_period", "left out with lr_schedule cosine"],
+            ),
+            (
+                ["--recipe", "improved", "--lr_decay_factor", "3"],
+                ["lr_decay_factor", "left out with lr_schedule cosine"],
+            ),
             (["--recipe", "best"], ["--recipe", "improved"]),
             (["--pooling", "max"], ["--pooling", "polyphase"]),
             (["--dropout", "1"], ["dropout", "below 1"]),
@@ -390,10 +554,10 @@ class TestTrain(RunsCase):
             (["--dropout", "nan"], ["dropout", "below 1"]),
             (["--warmup_epochs", "2"], ["warmup_epochs", "below num_epochs"]),
             (["--warmup_epochs", "-1"], ["warmup_epochs", "at least 0"]),
-            (["--deformation", "-0.5"], ["deformation", "0 … 2"]),
-            (["--deformation", "nan"], ["deformation", "0 … 2"]),
-            (["--stroke_width", "1.5"], ["stroke_width", "0 … 1"]),
-            (["--scaling", "0.4"], ["scaling", "0 … 0.3"]),
+            (["--deformation", "-0.5"], ["deformation", "at least 0 and at most 2"]),
+            (["--deformation", "nan"], ["deformation", "at least 0 and at most 2"]),
+            (["--stroke_width", "1.5"], ["stroke_width", "at most 1"]),
+            (["--scaling", "0.4"], ["scaling", "at most 0.3"]),
             (["--resume", "nowhere", "--recipe", "improved"], ["leave out --recipe"]),
             (["--lr_decay_factor", "0.5"], ["lr_decay_factor", "at least 1"]),
             (["--eval_freq", "-1"], ["eval_freq"]),
@@ -408,34 +572,92 @@ class TestTrain(RunsCase):
             with self.subTest(options):
                 self.assertFails(train.main, *self.options(*options), contains=contains)
         self.assertFails(train.main, contains="--model")
-        for bad in ({"model": "resnet"}, {"model": ["mobius_regular"]}, {"num_epochs": 2.5}, {"batch_size": "16"},
-                    {"seed": 1.5}, {"lr": "0.1"}):
+        for bad in (
+            {"model": "resnet"}, {"model": ["mobius_regular"]}, {"num_epochs": 2.5},
+            {"batch_size": "16"}, {"seed": 1.5}, {"lr": "0.1"},
+        ):
             (name,) = bad
             with self.assertRaisesRegex(ValueError, f"{name} must be"):
                 train.Config(**{"model": "mobius_regular"} | bad)
         for module in ("torch.utils.tensorboard", "matplotlib.figure"):
             with not_installed(module):
-                self.assertFails(train.main, *self.options("--tensorboard"), contains="--no-tensorboard")
+                self.assertFails(
+                    train.main, *self.options("--tensorboard"), contains="--no-tensorboard"
+                )
         with mock.patch("torch.cuda.is_available", return_value=False):
-            self.assertFails(train.main, *self.options("--device", "cuda"), contains=["--device cuda", "--device cpu"])
+            self.assertFails(
+                train.main,
+                *self.options("--device", "cuda"),
+                contains=["--device cuda", "--device cpu"],
+            )
             self.assertEqual(train.select_device("auto").type, "cpu")
         with mock.patch("torch.cuda.is_available", return_value=True):
             self.assertEqual(train.select_device("auto").type, "cuda")
         self.assertFalse((self.folder / "logs").exists())
 
+    def test_bounds(self):
+        """The values at the closed ends of the allowed ranges are allowed."""
+        ends = {"dropout": 0, "sign_eps": 0, "num_epochs": 1, "batch_size": 2, "weight_decay": 0,
+                "lr_decay_period": 0, "lr_decay_factor": 1, "warmup_epochs": 0, "deformation": 2,
+                "stroke_width": 1, "scaling": 0.3, "label_smoothing": 0, "eval_freq": 0,
+                "seed": 2**63 - 1}
+        for name, value in ends.items():
+            self.assertEqual(getattr(train.Config("mobius_irrep", **{name: value}), name), value)
+        for name, value in {"seed": 2**63, "lr": 1e30, "lr_decay_factor": math.inf,
+                            "sign_eps": math.inf, "tensorboard": 1, "data": ""}.items():
+            with self.assertRaisesRegex(ValueError, f"{name} must be"):
+                train.Config("mobius_irrep", **{name: value})
+        with self.assertRaisesRegex(ValueError, "sign_eps must be 0 with mobius_regular"):
+            train.Config("mobius_regular", sign_eps=1e-8)
+
+    def test_an_entry_is_an_option(self):
+        """Help, parsed options and the README's row come from one call; entries of Config too."""
+        parser = CommandLine("")
+        parser.option("size", "of x | y, as --scale 1", 0.5, type=float, metavar="X")
+        parser.option("kind", "of it", choices=("a", "b"))
+        parser.option("fast", "or not", True, action=argparse.BooleanOptionalAction)
+        self.assertEqual(parser.markdown().splitlines()[2:], [
+            r"| `--size` | `0.5` | of x \| y, as `--scale` 1 |",
+            "| `--kind` |  | `a`, `b`; of it |",
+            "| `--fast`, `--no-fast` | `on` | or not |",
+        ])
+        self.assertIn("of x | y, as --scale 1 (0.5)", parser.format_help())
+        self.assertEqual(vars(parser.parse_args([])), {})
+        self.assertEqual(vars(parser.parse_args(["--no-fast", "--size", "2"])),
+                         {"fast": False, "size": 2.0})
+        given = dict(re.findall(r"\| `--(\w+)`.*? \| `?([^`|]*?)`? \|",
+                                train.command_line().markdown()))
+        for entry in dataclasses.fields(train.Config):
+            self.assertIn(entry.name, given)
+            self.assertIn(entry.metadata["belongs"],
+                          ("network", "training", "test", "report", "input", "output"))
+
     def test_unwritable_log_dir(self):
         (self.folder / "file").write_text("kept")
-        self.assertFails(train.main, *self.options("--log_dir", self.folder / "file"), contains=["--log_dir", str(self.folder / "file")])
-        self.assertFails(train.main, *self.options("--log_dir", self.folder / "file" / "logs"), contains=["--log_dir"])
+        self.assertFails(
+            train.main,
+            *self.options("--log_dir", self.folder / "file"),
+            contains=["--log_dir", str(self.folder / "file")],
+        )
+        self.assertFails(
+            train.main,
+            *self.options("--log_dir", self.folder / "file" / "logs"),
+            contains=["--log_dir"],
+        )
         self.assertEqual((self.folder / "file").read_text(), "kept")
 
     def test_runs_of_the_same_second_do_not_mix(self):
         with mock.patch("time.strftime", return_value="20260101-000000"):
             folders = {run_folder.new_folder(self.logs, "digits: a|b") for _ in range(3)}
-        self.assertEqual({folder.name for folder in folders}, {f"digits__a_b-20260101-000000{end}" for end in ("", "-2", "-3")})
+        self.assertEqual(
+            {folder.name for folder in folders},
+            {f"digits__a_b-20260101-000000{end}" for end in ("", "-2", "-3")},
+        )
 
     def test_help_writes_nothing(self):
         command = [sys.executable, ROOT / "reproduce.py", "-h"]  # it imports the other scripts
-        process = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=True)
+        process = subprocess.run(
+            command, cwd=self.folder, capture_output=True, text=True, check=True
+        )
         self.assertIn("--runs", process.stdout)
         self.assertEqual([path.name for path in self.folder.iterdir()], ["digits.npz"])

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import run_folder
 import train
 import visualize
 from fields import isometry_action
 from models import build_model
 from study import figures, gradients, material
 from tests.support import ROOT, ROWS, FilesCase, not_installed, write_npz
+from training.files import write_json
+from training.options import TRAIN_MODES
 
 
 class TestVisualize(FilesCase):
@@ -29,13 +30,13 @@ class TestVisualize(FilesCase):
         for option, model in visualize.NETWORKS.items():
             torch.save(build_model(model).state_dict(), self.folder / f"{option}.pt")
         (self.folder / "results" / "runs").mkdir(parents=True)
-        run_folder.write_json(self.folder / "results" / "error_against_shift.json",
+        write_json(self.folder / "results" / "error_against_shift.json",
                               {"format": 1, "rows": ROWS})
         curve = {"config": {"sign_eps": 0.0, "num_epochs": 2}, "norms": [1.0, 2.0]}
-        run_folder.write_json(self.folder / "results" / "gradient_norms.json",
+        write_json(self.folder / "results" / "gradient_norms.json",
                               {"format": 1, "curves": [curve, curve]})
         for model, mode in itertools.product(("mobius_regular", "cnn_same_channels"),
-                                             train.TRAIN_MODES):
+                                             TRAIN_MODES):
             name = f"mnist-{model}-{mode}-seed0-precision_bf16.json"
             shutil.copy(ROOT / "results" / "runs" / name, self.folder / "results" / "runs" / name)
         self.options = [

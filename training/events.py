@@ -1,7 +1,7 @@
-"""What TensorBoard shows of a run: curves, its digits, the kernels of its first layer after each epoch, and at the end what it
-gets wrong and how its error depends on where the digits lie.
+"""What TensorBoard shows of a run: curves; digits of the run; the kernels of the first layer after
+each epoch; and at the end, misclassified digits and the error against the shift.
 
-    tensorboard --logdir logs --samples_per_plugin images=100     # else it shows the kernels of ten epochs only
+    tensorboard --logdir logs --samples_per_plugin images=100     # else only some epochs' kernels
 """
 
 from pathlib import Path
@@ -10,35 +10,47 @@ from torch import Tensor, nn
 
 from convert_mnist import Split
 
-# TensorBoard's cards are small: to be read there, pictures must be so too.
+# TensorBoard's cards are small, and pictures must be readable there.
 SHOWN, COLUMNS = 20, 4  # digits in a picture, and in a row of it
 CARD = (4.2, 3)  # inches
 
 
 class RunEvents:
-    """Writes the events of a run into its folder, pictures into pictures/ there, so that TensorBoard can forget the one without the other.
+    """Writes the events of a run into its folder, and pictures into pictures/ in it.
+
+    The separate folder lets TensorBoard discard curves without pictures when a run goes on: all
+    curves are written anew, but only pictures of this and later epochs.
 
     Args:
-        path: of the folder.
-        epoch: the last one that is finished. TensorBoard forgets all curves that it had, which are to be written anew, and the
-            pictures of this and later epochs, for the run may have ended before they were written.
+        path: of the run's folder.
+        epochs: records of the finished epochs.
 
     Raises:
-        ValueError: if TensorBoard or matplotlib are not installed.
+        ValueError: if TensorBoard or matplotlib is not installed.
     """
 
-    def __init__(self, path, epoch: int) -> None:
+    def __init__(self, path, epochs: list[dict]) -> None:
         new_writer = summary_writer()
         from study import figures
 
+        epoch = len(epochs)
         self._figures = figures
         self.continued = epoch > 0 and any(Path(path, "pictures").glob("events.*"))
         self._writer = new_writer(path, purge_step=1)
+        # The run may have ended before it drew the pictures of its last epoch.
         self._picture_writer = new_writer(Path(path, "pictures"), purge_step=epoch)
+        for record in epochs:
+            self.scalars(record)
 
-    def scalars(self, values: dict[str, float], epoch: int) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, epoch)
+    def scalars(self, record: dict) -> None:
+        """The curves' values of an epoch: test_loss_shifted is shown as loss/test_shifted."""
+        for key, value in record.items():
+            name, _, rest = key.partition("_")
+            if name in ("train", "test"):
+                kind, *version = rest.split("_")
+                key = f"{kind}/{'_'.join([name, *version])}"
+            if name in ("train", "test", "lr"):
+                self._writer.add_scalar(key, value, record["epoch"])
         self._writer.flush()
 
     def _picture(self, tag: str, figure, epoch: int) -> None:
@@ -46,7 +58,8 @@ class RunEvents:
         self._picture_writer.flush()
 
     def kernels(self, model: nn.Module, epoch: int) -> None:
-        self._picture("network/kernels of the first layer", self._figures.first_kernels(model, COLUMNS), epoch)
+        figure = self._figures.first_kernels(model, COLUMNS)
+        self._picture("network/kernels of the first layer", figure, epoch)
 
     def digits(self, name: str, split: Split) -> None:
         images, labels = (part[:SHOWN].cpu() for part in split)
@@ -54,16 +67,17 @@ class RunEvents:
         self._picture(f"digits/{name}", figure, 0)
 
     def misclassified(self, name: str, split: Split, predictions: Tensor, epoch: int) -> None:
-        """Some of the digits whose predicted class (n,) is not their label, with both."""
+        """The first digits whose predicted class (n,) differs from their label, with both."""
         wrong = (predictions != split.labels).nonzero()[:, 0]
         title = f"{len(wrong):,} of {len(predictions):,} {name} test digits are misclassified"
         wrong = wrong[:SHOWN]
-        titles = [f"{label} as {prediction}" for label, prediction in zip(split.labels[wrong].tolist(), predictions[wrong].tolist())]
+        classes = zip(split.labels[wrong].tolist(), predictions[wrong].tolist())
+        titles = [f"{label} as {prediction}" for label, prediction in classes]
         figure = self._figures.digits(split.images[wrong].cpu(), titles, COLUMNS, title)
         self._picture(f"network/misclassified {name} test digits", figure, epoch)
 
     def error_against_shift(self, row: dict, digits: int, epoch: int) -> None:
-        """Of the first `digits` test digits, moved by each isometry; `row` as in error_against_shift.json."""
+        """A row as in error_against_shift.json, of this many digits."""
         figure = self._figures.error_against_shift([row], CARD)
         figure.axes[0].set_ylabel(f"error in % of {digits} test digits")
         self._picture("network/error against shift", figure, epoch)
@@ -80,10 +94,12 @@ class RunEvents:
 
 def summary_writer() -> type:
     """TensorBoard's class. Raises ValueError if it, or matplotlib, is not installed."""
-    # Not at the head: it takes seconds, and -h and --no-tensorboard do without.
+    # Imported here: it takes seconds, which -h and --no-tensorboard need not spend.
     try:
         import matplotlib.figure  # noqa: F401
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError(f"TensorBoard and matplotlib are not both installed ({error}): take --no-tensorboard") from error
+        raise ValueError(
+            f"TensorBoard and matplotlib are not both installed ({error}): take --no-tensorboard"
+        ) from error
     return SummaryWriter
