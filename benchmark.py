@@ -1,13 +1,14 @@
-"""Time and memory of the models, side by side with the CNN that anyone would write with stock layers.
+"""Time and memory of the models, beside the CNN that anyone would write with stock layers.
 
     python benchmark.py                                      # all seven, float32 and bfloat16
     python benchmark.py --models mobius_regular --precision fp32 --device cpu
     python benchmark.py --pooling                            # instead: what polyphase pooling costs
 
-The *textbook CNN* has the architecture of cnn_same_channels in plain torch.nn: Conv2d(padding=2), ELU, MaxPool2d, in
-float32, eager, in the default memory format. All run in one process and take turns, so that what else the machine does
-falls on all of them alike: in each round a model computes three times, of which the last two count; figures are medians
-over the rounds. On a CPU, peak memory is measured in a process of its own for each.
+The *textbook CNN* has the architecture of cnn_same_channels in plain torch.nn: Conv2d(padding=2),
+ELU, MaxPool2d, in float32, eager, in the default memory format. All run in one process and take
+turns, so that what else the machine does falls on all of them alike: in each round a model computes
+three times, of which the last two count; figures are medians over the rounds. On a CPU, peak memory
+is measured in a process of its own for each.
 """
 
 import contextlib
@@ -39,7 +40,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class TextbookCNN(nn.Module):
-    """Six convolutions as in cnn_same_channels, zeros beyond all four edges: it does not know the strip from a sheet."""
+    """Six convolutions as in cnn_same_channels, zeros beyond all four edges.
+
+    It does not know the strip from a sheet.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,10 +65,14 @@ class TextbookCNN(nn.Module):
 class Candidate:
     """A model with its optimizer and a batch, ready to be timed."""
 
-    def __init__(self, name: str, precision: str, batch_size: int, device: torch.device, pooling: str = "fixed") -> None:
+    def __init__(
+        self, name: str, precision: str, batch_size: int, device: torch.device,
+        pooling: str = "fixed",
+    ) -> None:
         self.name, self.precision, self.device = name, precision, device
         torch.manual_seed(0)
-        self.model = (TextbookCNN() if name == TEXTBOOK else build_model(name, pooling=pooling)).to(device)
+        model = TextbookCNN() if name == TEXTBOOK else build_model(name, pooling=pooling)
+        self.model = model.to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=5e-3, weight_decay=1e-6)
         self.images = torch.rand(batch_size, 1, WIDTH, LENGTH, device=device)
         self.labels = torch.randint(CLASSES, (batch_size,), device=device)
@@ -86,7 +94,7 @@ class Candidate:
         self._logits()
 
     def conv_flop(self) -> float:
-        """Floating point operations in the convolutions of one forward pass by the plain formula."""
+        """Floating point operations of the convolutions in a forward pass, by the formula."""
         flop = []
 
         def count(layer, inputs, output):
@@ -94,7 +102,10 @@ class Candidate:
             k = layer.kernel_size if isinstance(layer.kernel_size, int) else layer.kernel_size[0]
             flop.append(2 * c_in * k**2 * c_out * output[:, 0].numel())
 
-        hooks = [m.register_forward_hook(count) for m in self.model.modules() if isinstance(m, (MobiusConv, nn.Conv2d))]
+        hooks = [
+            m.register_forward_hook(count)
+            for m in self.model.modules() if isinstance(m, (MobiusConv, nn.Conv2d))
+        ]
         self.infer()
         for hook in hooks:
             hook.remove()
@@ -125,16 +136,21 @@ def matmul_rate(precision: str, device: torch.device, size: int = 2048) -> float
 def summary(times: list[float], batch_size: int) -> dict:
     quartiles = statistics.quantiles(times, n=4)
     return {
-        "median_ms": 1000 * quartiles[1], "quartiles_ms": [1000 * quartiles[0], 1000 * quartiles[2]],
-        "min_ms": 1000 * min(times), "images_per_second": batch_size / quartiles[1],
+        "median_ms": 1000 * quartiles[1],
+        "quartiles_ms": [1000 * quartiles[0], 1000 * quartiles[2]],
+        "min_ms": 1000 * min(times),
+        "images_per_second": batch_size / quartiles[1],
     }
 
 
-def measure(candidates: list[Candidate], rounds: int, batch_size: int, rates: dict[str, float]) -> list[dict]:
+def measure(
+    candidates: list[Candidate], rounds: int, batch_size: int, rates: dict[str, float]
+) -> list[dict]:
     """The figures of each candidate; the first one is what the ratios are taken to.
 
-    matmul_share is the rate of the convolutions, counted as the plain formula needs them, relative to that of torch.matmul.
-    It exceeds 1 where the former are the work of a faster library, or take less arithmetic.
+    matmul_share is the rate of the convolutions, counted as the plain formula needs them, relative
+    to that of torch.matmul. It exceeds 1 where the former are the work of a faster library, or take
+    less arithmetic.
     """
     rows = [{"model": c.name, "precision": c.precision} for c in candidates]
     # Inference first, when nothing changes the weights between two rounds.
@@ -143,26 +159,36 @@ def measure(candidates: list[Candidate], rounds: int, batch_size: int, rates: di
         for row, candidate, collected in zip(rows, candidates, times):
             row[task] = summary(collected, batch_size)
             row[task]["ratio"] = statistics.median(collected) / statistics.median(times[0])
-            row[task]["matmul_share"] = (
-                flop * candidate.conv_flop() / statistics.median(collected) / rates[candidate.precision]
-            )
+            rate = flop * candidate.conv_flop() / statistics.median(collected)
+            row[task]["matmul_share"] = rate / rates[candidate.precision]
     return rows
 
 
-def measure_pooling(models: list[str], precisions: list[str], rounds: int, batch_size: int, device: torch.device) -> list[dict]:
-    """Each model with polyphase and with fixed pooling in turns: seconds, and the ratios of the former to the latter."""
+def measure_pooling(
+    models: list[str], precisions: list[str], rounds: int, batch_size: int, device: torch.device
+) -> list[dict]:
+    """Each model with polyphase and with fixed pooling in turns: seconds, and their ratios."""
     rows = []
     for precision in precisions:
         for name in models:
             row = {"model": name, "precision": precision}
             for task in ("infer", "step"):
-                pair = [Candidate(name, precision, batch_size, device, pooling) for pooling in POOLINGS]
+                pair = [
+                    Candidate(name, precision, batch_size, device, pooling) for pooling in POOLINGS
+                ]
                 times = take_turns(pair, task, rounds)
-                row[task] = {"fixed": summary(times[0], batch_size), "polyphase": summary(times[1], batch_size)}
+                row[task] = {
+                    "fixed": summary(times[0], batch_size),
+                    "polyphase": summary(times[1], batch_size),
+                }
                 row[task]["ratio"] = statistics.median(times[1]) / statistics.median(times[0])
             rows.append(row)
-            print(f"{name:18} {precision}   polyphase / fixed: training step {row['step']['ratio']:.3f}, "
-                  f"inference {row['infer']['ratio']:.3f}", flush=True)
+            print(
+                f"{name:18} {precision}   polyphase / fixed: "
+                f"training step {row['step']['ratio']:.3f}, "
+                f"inference {row['infer']['ratio']:.3f}",
+                flush=True,
+            )
     return rows
 
 
@@ -171,7 +197,8 @@ def take_turns(candidates: list[Candidate], task: str, rounds: int) -> list[list
     times = [[] for _ in candidates]
     for i in range(rounds + 1):
         for candidate, collected in zip(candidates, times):
-            # The first of three finds the caches full of another model's data; in training none does.
+            # The first of three finds the caches full of another model's data; in training none
+            # does.
             turn = [seconds(getattr(candidate, task), candidate.device) for _ in range(3)][1:]
             if i:  # after warm-up
                 collected.append(statistics.mean(turn))
@@ -179,7 +206,10 @@ def take_turns(candidates: list[Candidate], task: str, rounds: int) -> list[list
 
 
 def peak_memory(name: str, precision: str, batch_size: int, device: torch.device) -> float | None:
-    """MB that three training steps take at most: of the GPU, or of a process of its own, above what it had before."""
+    """MB that three training steps take at most: of the GPU, or of a process of its own.
+
+    What was in use before does not count.
+    """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         candidate = Candidate(name, precision, batch_size, device)
@@ -187,21 +217,27 @@ def peak_memory(name: str, precision: str, batch_size: int, device: torch.device
         for _ in range(3):
             candidate.step()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    command = [sys.executable, __file__, "--memory_of", name, "--precision", precision, "--batch_size", str(batch_size)]
+    command = [
+        sys.executable, __file__, "--memory_of", name, "--precision", precision,
+        "--batch_size", str(batch_size),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     output = subprocess.run(command, capture_output=True, text=True, env=environment)
     if output.returncode:
-        raise OSError(f"measuring the memory of {name} failed: {output.stderr.strip().splitlines()[-1:]}")
+        last_line = output.stderr.strip().splitlines()[-1:]
+        raise OSError(f"measuring the memory of {name} failed: {last_line}")
     return float(output.stdout) if output.stdout.strip() else None
 
 
 def _print_memory_of(name: str, precision: str, batch_size: int) -> None:
     def resident_peak() -> float:
         with contextlib.suppress(OSError):
-            return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+            status = Path("/proc/self/status").read_text()
+            return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 2**10
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
     # The smallest batch first, so that what PyTorch loads once does not count.
     Candidate(name, precision, 2, torch.device("cpu")).step()
@@ -218,47 +254,81 @@ def table(rows: list[dict]) -> str:
     lines = [
         f"{'':32}{'training step':^40}   {'inference':^36}",
         f"{'model':18} {'precision':10}   {'ms':>7} {'quartiles':>13} {'ratio':>6} {'images/s':>9} "
-        f"  {'ms':>7} {'quartiles':>13} {'ratio':>6} {'images/s':>9}   {'peak MB':>8} {'ratio':>6}   matmul share",
+        f"  {'ms':>7} {'quartiles':>13} {'ratio':>6} {'images/s':>9} "
+        f"  {'peak MB':>8} {'ratio':>6}   matmul share",
     ]
     for row in rows:
         line = f"{row['model']:18} {row['precision']:10}"
         for task in ("step", "infer"):
             figures = row[task]
             quartiles = "{:.0f} … {:.0f}".format(*figures["quartiles_ms"])
-            line += f"   {figures['median_ms']:7.1f} {quartiles:>13} {figures['ratio']:6.2f} {figures['images_per_second']:9.0f}"
+            line += (
+                f"   {figures['median_ms']:7.1f} {quartiles:>13} {figures['ratio']:6.2f}"
+                f" {figures['images_per_second']:9.0f}"
+            )
         memory = row["peak_memory_mb"]
-        line += f"   {memory:8.0f} {row['memory_ratio']:6.2f}" if memory and row["memory_ratio"] else f"   {'':8} {'':6}"
+        line += (
+            f"   {memory:8.0f} {row['memory_ratio']:6.2f}"
+            if memory and row["memory_ratio"] else f"   {'':8} {'':6}"
+        )
         lines.append(f"{line}   {row['step']['matmul_share']:8.2f}")
     return "\n".join(lines)
 
 
 def command_line() -> CommandLine:
     parser = CommandLine(__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL", help="all seven")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), metavar="P",
-                        help="fp32, bf16 or both (both)")
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL",
+        help="all seven",
+    )
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), metavar="P",
+        help="fp32, bf16 or both (both)",
+    )
     parser.add_argument("--batch_size", type=int, default=128, metavar="N", help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="of which the medians are taken (%(default)s)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto is cuda where there is one (%(default)s)")
-    parser.add_argument("--pooling", action="store_true", help="compare polyphase with fixed pooling, and nothing else")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(results/benchmark.json; with --pooling results/benchmark_pooling.json)")
-    parser.add_argument("--memory_of", help="print the peak memory of one model in MB, and nothing else")
+    parser.add_argument(
+        "--rounds", type=int, default=15, metavar="N",
+        help="of which the medians are taken (%(default)s)",
+    )
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto",
+        help="auto is cuda where there is one (%(default)s)",
+    )
+    parser.add_argument(
+        "--pooling", action="store_true",
+        help="compare polyphase with fixed pooling, and nothing else",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE",
+        help="(results/benchmark.json; with --pooling results/benchmark_pooling.json)",
+    )
+    parser.add_argument(
+        "--memory_of", help="print the peak memory of one model in MB, and nothing else"
+    )
     return parser
 
 
 def compare(options, device: torch.device) -> dict:
     """The models side by side with the textbook CNN."""
-    rates = {precision: matmul_rate(precision, device) for precision in dict.fromkeys(("fp32", *options.precision))}
+    precisions = dict.fromkeys(("fp32", *options.precision))
+    rates = {precision: matmul_rate(precision, device) for precision in precisions}
     for precision, rate in rates.items():
         print(f"matrix multiplication, {precision}: {rate / 1e9:.0f} GFLOP/s", flush=True)
     new = partial(Candidate, batch_size=options.batch_size, device=device)
-    candidates = [new(TEXTBOOK, "fp32"), *(new(m, p) for p in options.precision for m in options.models)]
+    candidates = [
+        new(TEXTBOOK, "fp32"), *(new(m, p) for p in options.precision for m in options.models),
+    ]
     rows = measure(candidates, options.rounds, options.batch_size, rates)
     for row in rows:
-        row["peak_memory_mb"] = peak_memory(row["model"], row["precision"], options.batch_size, device)
+        row["peak_memory_mb"] = peak_memory(
+            row["model"], row["precision"], options.batch_size, device
+        )
         memory, reference = row["peak_memory_mb"], rows[0]["peak_memory_mb"]
         row["memory_ratio"] = memory / reference if memory and reference else None
-    return {"matmul_gflop_per_second": {precision: rate / 1e9 for precision, rate in rates.items()}, "rows": rows}
+    return {
+        "matmul_gflop_per_second": {precision: rate / 1e9 for precision, rate in rates.items()},
+        "rows": rows,
+    }
 
 
 def main(argv=None) -> None:
@@ -270,18 +340,26 @@ def main(argv=None) -> None:
         parser.error("--rounds must be at least 2")
     if options.memory_of:
         if options.memory_of not in (TEXTBOOK, *MODELS):
-            parser.error(f"--memory_of must be one of {', '.join((TEXTBOOK, *MODELS))}, got {options.memory_of!r}")
+            names = ", ".join((TEXTBOOK, *MODELS))
+            parser.error(f"--memory_of must be one of {names}, got {options.memory_of!r}")
         with contextlib.suppress(ImportError):  # Windows does not tell: no figure there
             _print_memory_of(options.memory_of, options.precision[0], options.batch_size)
         return
-    out = options.out or RESULTS / ("benchmark_pooling.json" if options.pooling else "benchmark.json")
+    file_name = "benchmark_pooling.json" if options.pooling else "benchmark.json"
+    out = options.out or RESULTS / file_name
     keep_freed_memory()
     try:
         device = select_device(options.device)
         with write_atomically(out) as file:  # before the minutes of work: can it be written at all?
-            result = {"environment": describe_environment(device), "batch_size": options.batch_size, "rounds": options.rounds}
+            result = {
+                "environment": describe_environment(device),
+                "batch_size": options.batch_size,
+                "rounds": options.rounds,
+            }
             if options.pooling:
-                result["rows"] = measure_pooling(options.models, options.precision, options.rounds, options.batch_size, device)
+                result["rows"] = measure_pooling(
+                    options.models, options.precision, options.rounds, options.batch_size, device
+                )
             else:
                 result |= compare(options, device)
             file.write((json.dumps(result, indent=2) + "\n").encode())

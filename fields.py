@@ -1,12 +1,12 @@
 """Feature fields on the Möbius strip: channels, rho(s), gauge transformations and isometries.
 
-The strip is a rectangle of W x L pixels whose short ends are glued with a twist. A feature map is a tensor of
-shape ``(N, C, W, L)``: dim 2 runs across the strip (its width), dim 3 along it (its length). The cut lies between
-column L-1 and column 0. Crossing it reflects: pixel w becomes W-1-w, and rho(s) acts on the feature vectors, where
-s is the reflection in the group R = {e, s}.
+The strip is a rectangle of W x L pixels whose short ends are glued with a twist. A feature map is a
+tensor of shape ``(N, C, W, L)``: dim 2 runs across the strip (its width), dim 3 along it (its
+length). The cut lies between column L-1 and column 0. Crossing it reflects: pixel w becomes W-1-w,
+and rho(s) acts on the feature vectors, where s is the reflection in the group R = {e, s}.
 
-A feature space is given by the multiplicities ``(m_triv, m_sign, m_reg)`` of three field types. This file is the
-only one that knows how s acts on them.
+A feature space is given by the multiplicities ``(m_triv, m_sign, m_reg)`` of three field types.
+This file is the only one that knows how s acts on them.
 
 Source: Weiler, Forré, Verlinde, Welling, *Coordinate Independent Convolutional Networks* (2021),
 arXiv:2106.06020, Section 5.3.1 (field types), Figure 28 (isometries).
@@ -43,9 +43,10 @@ class Representation(NamedTuple):
 
     dim:   channels of one field.
     rho_s: the action of s on dim 1 of a tensor of such fields.
-    permutes: whether rho(s) permutes channels, and so commutes with every pointwise function. Otherwise it flips
-        signs, and commutes with odd functions only.
-    invariant_bias: from one number for each field to the vector b with rho(s) b = b; None where only b = 0 has that.
+    permutes: whether rho(s) permutes channels, and so commutes with every pointwise function.
+        Otherwise it flips signs, and commutes with odd functions only.
+    invariant_bias: from one number for each field to the vector b with rho(s) b = b; None where
+        only b = 0 has that.
     """
 
     dim: int
@@ -61,7 +62,7 @@ def _negate(x: Tensor) -> Tensor:
 
 
 def interleave(first: Tensor, second: Tensor, dim: int) -> Tensor:
-    """Channels of regular fields on `dim`, from the first and the second channels of all of them."""
+    """Channels of regular fields on `dim`, from all first and all second channels."""
     dim %= first.ndim
     return torch.stack([first, second], dim=dim + 1).flatten(dim, dim + 1)
 
@@ -82,7 +83,7 @@ REPRESENTATIONS = {  # in the order of the channels, under the names of `Fields`
 
 
 def as_integer(value, name: str, allowed: str = "an integer") -> int:
-    """Return `value` as an int. Raises ValueError, with `name` and what is `allowed`, for other types and bools."""
+    """Return `value` as an int. Raises ValueError for bools and other types."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -108,7 +109,8 @@ def as_fields(fields, name: str = "fields") -> Fields:
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError(
-            f"{name} must be three non-negative integers (m_triv, m_sign, m_reg), not all zero, got {fields!r}"
+            f"{name} must be three non-negative integers (m_triv, m_sign, m_reg), not all zero, "
+            f"got {fields!r}"
         ) from None
     return parsed
 
@@ -116,7 +118,9 @@ def as_fields(fields, name: str = "fields") -> Fields:
 def check_strip(x: Tensor) -> None:
     """Raise ValueError unless `x` is 4-d with a width and a length."""
     if x.ndim != 4 or x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"expected a 4-d tensor (N, C, W, L) with W, L >= 1, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"expected a 4-d tensor (N, C, W, L) with W, L >= 1, got shape {tuple(x.shape)}"
+        )
 
 
 def check_features(x: Tensor, fields: Fields) -> None:
@@ -124,7 +128,8 @@ def check_features(x: Tensor, fields: Fields) -> None:
     check_strip(x)
     if x.shape[1] != fields.channels:
         raise ValueError(
-            f"expected {fields.channels} channels for fields {tuple(fields)}, got shape {tuple(x.shape)}"
+            f"expected {fields.channels} channels for fields {tuple(fields)}, "
+            f"got shape {tuple(x.shape)}"
         )
 
 
@@ -133,12 +138,12 @@ def check_features(x: Tensor, fields: Fields) -> None:
 
 
 def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
-    """Views of the channels of each field type that occurs in `fields`, in the order of the channels."""
+    """Views of the channels of each field type that occurs, in their order."""
     sizes = {name: m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, fields) if m}
     return dict(zip(sizes, x.split(list(sizes.values()), dim=1)))
 
 
-def map_types(x: Tensor, fields: Fields, functions: dict[str, Callable[[Tensor], Tensor]]) -> Tensor:
+def map_types(x: Tensor, fields: Fields, functions: dict[str, Callable]) -> Tensor:
     """Apply ``functions[type]`` to the channels of each field type."""
     blocks = split_types(x, fields)
     if len(blocks) == 1:  # spares a copy
@@ -147,22 +152,24 @@ def map_types(x: Tensor, fields: Fields, functions: dict[str, Callable[[Tensor],
 
 
 def map_pointwise(x: Tensor, fields: Fields, function: Callable, odd_function: Callable) -> Tensor:
-    """Apply `function` to the channels that rho(s) permutes and `odd_function` to those whose sign it flips."""
+    """Apply `odd_function` to sign-flip fields and `function` to the others."""
     if not fields.sign:  # one call for all types
         return function(x)
-    functions = {name: function if rep.permutes else odd_function for name, rep in REPRESENTATIONS.items()}
-    return map_types(x, fields, functions)
+    return map_types(x, fields, {
+        name: function if rep.permutes else odd_function for name, rep in REPRESENTATIONS.items()
+    })
 
 
-# Numbers that are 0 in exact arithmetic come out of a convolution as some eps of its input: an antisymmetric kernel on a
-# blank part of the strip, for example. sign() jumps at 0 and would make features of full size of such noise. Measured
-# on digits, in units of eps times the sample's largest magnitude: noise up to 8, other values above 65536 in
-# float64; in float32 these are spread evenly, and 1 of 10,000 lies below 64.
+# Numbers that are 0 in exact arithmetic come out of a convolution as some eps of its input: an
+# antisymmetric kernel on a blank part of the strip, for example. sign() jumps at 0 and would make
+# features of full size of such noise. Measured on digits, in units of eps times the sample's
+# largest magnitude: noise up to 8, other values above 65536 in float64; in float32 these are spread
+# evenly, and 1 of 10,000 lies below 64.
 ROUNDING = 64
 
 
 def largest_magnitude(magnitude: Tensor) -> Tensor:
-    """Each sample's largest, ``(N, 1, 1, 1)``: no isometry and no gauge transformation changes it."""
+    """The largest of each sample, ``(N, 1, 1, 1)``. No symmetry of the strip changes it."""
     limits = torch.finfo(magnitude.dtype)
     return magnitude.detach().amax(dim=(1, 2, 3), keepdim=True).clamp(limits.tiny, limits.max)
 
@@ -200,8 +207,8 @@ def gauge_transform(x: Tensor, fields) -> Tensor:
         A tensor of the same shape; `x` itself where rho is trivial.
 
     Raises:
-        ValueError: if `x` does not have C channels, is not 4-d, or has sign-flip fields in a dtype without
-            negative numbers.
+        ValueError: if `x` does not have C channels, is not 4-d, or has sign-flip fields in a dtype
+            without negative numbers.
 
     Source: arXiv:2106.06020, Section 5.3.1.
     """
@@ -211,17 +218,17 @@ def gauge_transform(x: Tensor, fields) -> Tensor:
 
 
 def cross_cut(x: Tensor, fields: Fields) -> Tensor:
-    """Columns ``(N, C, W, any)`` as seen from the other side of the cut: flipped across the width, acted on by rho(s)."""
+    """Columns as seen across the cut: flipped across the width, and acted on by rho(s)."""
     return rho_s(x.flip(2), fields)
 
 
 def double_cover(x: Tensor, fields: Fields) -> Tensor:
-    """The field on the orientable double cover, the cylinder ``[x | cross_cut(x)]`` of shape (N, C, W, 2L)."""
+    """The field on the orientable double cover, the cylinder ``[x | cross_cut(x)]``."""
     return torch.cat([x, cross_cut(x, fields)], dim=3)
 
 
 def isometry_action(x: Tensor, shift, fields) -> Tensor:
-    """Move a field along the strip: content goes `shift` columns to the right and re-enters reflected.
+    """Move a field `shift` columns to the right; what leaves the strip re-enters reflected.
 
     The period is 2L: a shift by L is the pure reflection with rho(s), a shift by 2L the identity.
 
@@ -244,13 +251,15 @@ def isometry_action(x: Tensor, shift, fields) -> Tensor:
     columns = torch.arange(length, device=x.device)
     cover = double_cover(x, fields)
     if isinstance(shift, Tensor) and shift.ndim:
-        is_integer = not (shift.is_floating_point() or shift.is_complex() or shift.dtype == torch.bool)
-        if shift.shape != x.shape[:1] or not is_integer:
+        not_integer = shift.is_floating_point() or shift.is_complex() or shift.dtype == torch.bool
+        if shift.shape != x.shape[:1] or not_integer:
             raise ValueError(
                 f"shift must be an integer or an integer tensor of shape ({x.shape[0]},), "
                 f"got {shift.dtype} of shape {tuple(shift.shape)}"
             )
-        shift = shift.to(x.device, torch.long) % (2 * length)  # before the difference, which could overflow
+        # Before the difference, which could overflow.
+        shift = shift.to(x.device, torch.long) % (2 * length)
         source = (columns - shift[:, None]) % (2 * length)
         return cover.gather(3, source[:, None, None, :].expand(x.shape))
-    return cover.index_select(3, (columns - as_integer(shift, "shift") % (2 * length)) % (2 * length))
+    shift = as_integer(shift, "shift") % (2 * length)
+    return cover.index_select(3, (columns - shift) % (2 * length))

@@ -17,9 +17,10 @@ from fields import Fields, as_integer, check_strip
 from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, as_sign_eps
 from polyphase import PolyphasePool
 
-# Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as many fields.
-# All have 16, 32, 64, 128, 256 channels. (The paper's Table 4 prints (4, 4, 2) for the first convolution of
-# 'mixed'; only (4, 4, 4) has the 16 channels of the others and the number of parameters of its Table 5.)
+# Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as
+# many fields. All have 16, 32, 64, 128, 256 channels. (The paper's Table 4 prints (4, 4, 2) for the
+# first convolution of 'mixed'; only (4, 4, 4) has the 16 channels of the others and the number of
+# parameters of its Table 5.)
 MODES = {
     "scalar": (4, 0, 0),
     "signflip": (0, 4, 0),
@@ -37,12 +38,14 @@ DROPOUT = 0.3
 class MobiusGaugeCNN(nn.Module):
     """Gauge equivariant CNN on the Möbius strip.
 
-    Six convolutions, with a nonlinearity after the first five and pooling after the second and the fourth. The sixth gives
-    64 scalar fields; a classifier takes their global maximum, which is invariant.
+    Six convolutions, with a nonlinearity after the first five and pooling after the second and the
+    fourth. The sixth gives 64 scalar fields; a classifier takes their global maximum, which is
+    invariant.
 
-    In evaluation, in float32 and float64 and with ``sign_eps=0``, the logits do not change under shifts by multiples of 4
-    if L is one, and with polyphase pooling under all 2L isometries. In float32, rounding can decide between two grids that
-    fit equally well (see `PolyphasePool`), and whether a sign-flip value is 0 (see `EquivNonlin`).
+    In evaluation, in float32 and float64 and with ``sign_eps=0``, the logits do not change under
+    shifts by multiples of 4 if L is one, and with polyphase pooling under all 2L isometries. In
+    float32, rounding can decide between two grids that fit equally well (see `PolyphasePool`), and
+    whether a sign-flip value is 0 (see `EquivNonlin`).
 
     Args:
         kernel_size: odd and positive.
@@ -58,15 +61,17 @@ class MobiusGaugeCNN(nn.Module):
         ``(N, ch_in, W, L)`` to ``(N, classes)``.
 
     Raises:
-        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d with ch_in
-            channels, or with polyphase pooling for an L that is no multiple of 4.
+        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d
+            with ch_in channels, or with polyphase pooling for an L that is no multiple of 4.
 
     Source: arXiv:2106.06020, Section 5, Table 4.
     """
 
-    def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, mode: str = "regular",
-                 pooling: str = "fixed", dropout: float = DROPOUT, sign_eps: float = 0.0, *,
-                 device=None, dtype=None) -> None:
+    def __init__(
+        self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, mode: str = "regular",
+        pooling: str = "fixed", dropout: float = DROPOUT, sign_eps: float = 0.0, *,
+        device=None, dtype=None,
+    ) -> None:
         super().__init__()
         _check(ch_in, classes, pooling)
         if mode not in list(MODES):
@@ -77,7 +82,7 @@ class MobiusGaugeCNN(nn.Module):
         nonlin = partial(EquivNonlin, sign_eps=sign_eps, **factory)
 
         def nonlin_pool(fields):
-            """Pooled first, where maximum and nonlinearity commute: a quarter of the values to compute."""
+            """Pool first where maximum and nonlinearity commute: a quarter of the values."""
             layers = nonlin(fields), POOLINGS[pooling](fields)
             return layers if fields.sign else layers[::-1]
 
@@ -98,14 +103,15 @@ class MobiusGaugeCNN(nn.Module):
 
 
 class CNN(nn.Module):
-    """Conventional CNN of the same architecture: it pads across the cut but knows nothing of frames.
+    """Conventional CNN of the same architecture: it pads across the cut but knows nothing of
+    frames.
 
     Args:
         kernel_size: odd and positive.
         ch_in: input channels.
         classes: number of logits.
-        fix_params: divide the channels by sqrt(2), for about as many parameters as the gauge CNNs have;
-            otherwise it has as many channels as they have.
+        fix_params: divide the channels by sqrt(2), for about as many parameters as the gauge CNNs
+            have; otherwise it has as many channels as they have.
         pooling: 'fixed', as published, or 'polyphase'.
         dropout: probability in the classifier.
         sign_eps: 0, as there are no sign-flip fields.
@@ -115,15 +121,17 @@ class CNN(nn.Module):
         ``(N, ch_in, W, L)`` to ``(N, classes)``.
 
     Raises:
-        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d with ch_in
-            channels, or with polyphase pooling for an L that is no multiple of 4.
+        ValueError: for an argument that is not allowed; in `forward`, for an input that is not 4-d
+            with ch_in channels, or with polyphase pooling for an L that is no multiple of 4.
 
     Source: arXiv:2106.06020, Section 5, Table 4.
     """
 
-    def __init__(self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, fix_params: bool = False,
-                 pooling: str = "fixed", dropout: float = DROPOUT, sign_eps: float = 0.0, *,
-                 device=None, dtype=None) -> None:
+    def __init__(
+        self, kernel_size: int = 5, ch_in: int = 1, classes: int = 10, fix_params: bool = False,
+        pooling: str = "fixed", dropout: float = DROPOUT, sign_eps: float = 0.0, *,
+        device=None, dtype=None,
+    ) -> None:
         super().__init__()
         _check(ch_in, classes, pooling)
         as_sign_eps(sign_eps, Fields(1, 0, 0))
@@ -154,7 +162,7 @@ class CNN(nn.Module):
 
 
 def build_classifier(classes: int, factory: dict, dropout: float = DROPOUT) -> nn.Sequential:
-    """From 64 invariant features to logits; `factory` holds the keywords ``device`` and ``dtype``."""
+    """From 64 invariant features to logits; `factory` holds device and dtype."""
     return nn.Sequential(
         nn.BatchNorm1d(FEATURES, **factory),
         nn.ELU(),
@@ -179,7 +187,8 @@ def _check_images(images: Tensor, pooling: str) -> None:
     check_strip(images)
     if pooling == "polyphase" and images.shape[3] % 4:
         raise ValueError(
-            f"two polyphase poolings need a length L that is a multiple of 4, got shape {tuple(images.shape)}"
+            "two polyphase poolings need a length L that is a multiple of 4, "
+            f"got shape {tuple(images.shape)}"
         )
 
 
@@ -217,18 +226,22 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def export(model: nn.Module) -> nn.Module:
-    """An equal network without anything to expand: its convolutions are a padding and an `nn.Conv2d`.
+    """An equal network without anything to expand: its convolutions are a padding and an
+    `nn.Conv2d`.
 
     Args:
-        model: any module; this library's layers that have an `export` method are replaced by what it returns, the
-            others copied.
+        model: any module; this library's layers that have an `export` method are replaced by what
+            it returns, the others copied.
 
     Returns:
-        A copy with weights of its own, in the same mode (training or evaluation). Layers for which torch.nn has no
-        counterpart stay what they are: pooling (it goes on over the cut), and nonlinearities of sign-flip fields.
+        A copy with weights of its own, in the same mode (training or evaluation). Layers for which
+        torch.nn has no
+        counterpart stay what they are: pooling (it goes on over the cut), and nonlinearities of
+        sign-flip fields.
     """
-    exported = copy.deepcopy(nn.ModuleList([model]))  # in a list, so that the model itself can be one such layer
-    replaced = {}  # by the layer: one that is used twice is exported once
+    # In a list, since the model itself can be one such layer.
+    exported = copy.deepcopy(nn.ModuleList([model]))
+    replaced = {}  # a layer that is used twice is exported once
     for module in list(exported.modules()):
         for name, child in module._modules.items():
             if isinstance(child, (MobiusConv, MobiusConvNaive, EquivNonlin)):
@@ -239,7 +252,8 @@ def export(model: nn.Module) -> nn.Module:
 
 
 if __name__ == "__main__":
-    print(f"{'--model':18} {'class':15} {'parameters':>10}   fields of the first convolution (m_triv, m_sign, m_reg)")
+    fields = "fields of the first convolution (m_triv, m_sign, m_reg)"
+    print(f"{'--model':18} {'class':15} {'parameters':>10}   {fields}")
     for name in MODELS:
         model = build_model(name)
         first = tuple(model.mobius_cnn[0].out_fields) if isinstance(model, MobiusGaugeCNN) else ""

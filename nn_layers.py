@@ -6,10 +6,12 @@
     MobiusPool        2 x 2 pooling for each field type
     MobiusPadNaive    padding for conventional CNNs, which know nothing of frames
 
-Every equivariant layer has `in_fields` and `out_fields`, the multiplicities ``(m_triv, m_sign, m_reg)`` of the field
-types that it maps between. Feature maps have the shape ``(N, C, W, L)`` and the channels of `fields.py`.
+Every equivariant layer has `in_fields` and `out_fields`, the multiplicities ``(m_triv, m_sign,
+m_reg)`` of the field types that it maps between. Feature maps have the shape ``(N, C, W, L)`` and
+the channels of `fields.py`.
 
-A function under ``@accelerated`` is the formula. Its twin in `fast/` computes the same numbers in less time on a CPU.
+A function under ``@accelerated`` is the formula. Its twin in `fast/` computes the same numbers in
+less time on a CPU.
 
 Source: arXiv:2106.06020, Section 5.
 """
@@ -47,9 +49,9 @@ from fields import (
 def transport_pad(x: Tensor, pad: int, fields) -> Tensor:
     """Pad a feature map such that a convolution can read across the cut.
 
-    Left of the first column come the last `pad` columns, and right of the last one the first: parallel transport
-    across the cut flips them across the width and acts on them by rho(s). Above and below, where the strip ends,
-    come `pad` rows of zeros.
+    Left of the first column come the last `pad` columns, and right of the last one the first:
+    parallel transport across the cut flips them across the width and acts on them by rho(s). Above
+    and below, where the strip ends, come `pad` rows of zeros.
 
     Args:
         x: feature map ``(N, C, W, L)``.
@@ -72,7 +74,9 @@ def transport_pad(x: Tensor, pad: int, fields) -> Tensor:
 def check_length(x: Tensor, pad: int) -> None:
     """Raise ValueError unless the strip `x` is long enough to be padded by `pad` columns."""
     if not 0 <= pad <= x.shape[3]:
-        raise ValueError(f"padding by {pad} columns needs a strip of at least that length, got L = {x.shape[3]}")
+        raise ValueError(
+            f"padding by {pad} columns needs a strip of at least that length, got L = {x.shape[3]}"
+        )
 
 
 @accelerated(by=fast.pad_columns)
@@ -83,9 +87,10 @@ def pad_columns(x: Tensor, pad: int, fields: Fields) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Steerable kernels (Section 5.3.3, Table 3): K(s.v) = rho_out(s) K(v) rho_in(s)^-1, where s.v flips the kernel's width
-# axis (dim 2). For a regular output field this gives the second channel, K₂(v) = K₁(s.v) rho_in(s), and leaves the first
-# one free. For the others it ties one half of the kernel to the other. The stored values, and how the rest follows:
+# Steerable kernels (Section 5.3.3, Table 3): K(s.v) = rho_out(s) K(v) rho_in(s)^-1, where s.v flips
+# the kernel's width axis (dim 2). For a regular output field this gives the second channel, K₂(v) =
+# K₁(s.v) rho_in(s), and leaves the first one free. For the others it ties one half of the kernel to
+# the other. The stored values, and how the rest follows:
 
 
 def _free(first: Tensor) -> Tensor:
@@ -110,7 +115,12 @@ def _from_regular(first: Tensor, sign: int) -> Tensor:
 
 
 class SteerableBlock(NamedTuple):
-    """columns: stored input channels for each input field. rows: stored rows of k. expand: stored -> first channels."""
+    """One block of the kernel.
+
+    columns: stored input channels for each input field.
+    rows: stored rows, of k.
+    expand: from the stored values to the rows that map to first channels.
+    """
 
     columns: int
     rows: Callable[[int], int]
@@ -132,8 +142,10 @@ STEERABLE_BLOCKS = {
 
 
 @accelerated(by=fast.strip_conv)
-def strip_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, in_fields: Fields, out_fields: Fields) -> Tensor:
-    """Convolution on the strip by a kernel ``(C_out, C_in, k, k)`` that is steerable between the fields."""
+def strip_conv(
+    x: Tensor, kernel: Tensor, bias: Tensor | None, in_fields: Fields, out_fields: Fields
+) -> Tensor:
+    """Convolution on the strip by a steerable kernel ``(C_out, C_in, k, k)``."""
     pad = kernel.shape[3] // 2
     return F.conv2d(pad_columns(x, pad, in_fields), kernel, bias, padding=(pad, 0))
 
@@ -141,8 +153,8 @@ def strip_conv(x: Tensor, kernel: Tensor, bias: Tensor | None, in_fields: Fields
 class MobiusConv(nn.Module):
     """Convolution on the Möbius strip, equivariant under gauge transformations and isometries.
 
-    It expands a steerable kernel, K(s.v) = rho_out(s) K(v) rho_in(s)^-1, from free parameters, pads the input by
-    parallel transport and convolves.
+    It expands a steerable kernel, K(s.v) = rho_out(s) K(v) rho_in(s)^-1, from free parameters, pads
+    the input by parallel transport and convolves.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)`` of the input.
@@ -154,15 +166,16 @@ class MobiusConv(nn.Module):
         ``(N, C_in, W, L)`` to ``(N, C_out, W, L)``, for any W and any L >= kernel_size // 2.
 
     Parameters:
-        weights_{in}2{out}: free values of one block of the kernel, for in, out of triv, sign, reg, where both have
-            fields. For o output and i input fields: ``(o, i, k//2 + 1, k)`` triv2triv, sign2sign;
-            ``(o, i, k//2, k)`` triv2sign, sign2triv; ``(o, 2 i, k, k)`` reg2reg; ``(o, i, k, k)`` the others.
-        bias_triv, bias_reg: one value for each output field, ``(m_triv,)`` and ``(m_reg,)``. Sign-flip fields have no
-            bias: rho(s) b = b holds for b = 0 only.
+        weights_{in}2{out}: free values of one block of the kernel, for in, out of triv, sign, reg,
+            where both have fields. For o output and i input fields: ``(o, i, k//2 + 1, k)``
+            triv2triv, sign2sign; ``(o, i, k//2, k)`` triv2sign, sign2triv; ``(o, 2 i, k, k)``
+            reg2reg; ``(o, i, k, k)`` the others.
+        bias_triv, bias_reg: one value for each output field, ``(m_triv,)`` and ``(m_reg,)``.
+            Sign-flip fields have no bias: rho(s) b = b holds for b = 0 only.
 
     Raises:
-        ValueError: for a kernel size or multiplicities that are not allowed; in `forward`, for an input that
-            is not 4-d, does not have C_in channels or has L < kernel_size // 2.
+        ValueError: for a kernel size or multiplicities that are not allowed; in `forward`, for an
+            input that is not 4-d, does not have C_in channels or has L < kernel_size // 2.
 
     Source: arXiv:2106.06020, Sections 5.3.1 (bias) and 5.3.3 (kernels).
     """
@@ -173,19 +186,21 @@ class MobiusConv(nn.Module):
         self.out_fields = as_fields(out_fields, "out_fields")
         self.kernel_size = k = _odd_kernel_size(kernel_size)
         self.parameter_names = []
+
+        def add_parameter(name: str, shape: tuple[int, ...]) -> None:
+            self.parameter_names.append(name)
+            empty = torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(empty))
+
         for out_type, o in zip(REPRESENTATIONS, self.out_fields):
             for in_type, i in zip(REPRESENTATIONS, self.in_fields):
                 block = STEERABLE_BLOCKS[in_type, out_type]
                 if o and i:
-                    self._add_parameter(f"weights_{in_type}2{out_type}", o, block.columns * i, block.rows(k), k,
-                                        device=device, dtype=dtype)
+                    shape = o, block.columns * i, block.rows(k), k
+                    add_parameter(f"weights_{in_type}2{out_type}", shape)
             if o and REPRESENTATIONS[out_type].invariant_bias:
-                self._add_parameter(f"bias_{out_type}", o, device=device, dtype=dtype)
+                add_parameter(f"bias_{out_type}", (o,))
         self.reset_parameters()
-
-    def _add_parameter(self, name: str, *shape: int, **factory) -> None:
-        self.parameter_names.append(name)
-        self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)))
 
     def reset_parameters(self) -> None:
         """Weights from N(0, std²) with std = 2 / sqrt(k² (C_in + C_out)), biases zero."""
@@ -204,21 +219,26 @@ class MobiusConv(nn.Module):
 
     @kept_without_gradients
     def expand(self) -> tuple[Tensor, Tensor | None]:
-        """The steerable kernel ``(C_out, C_in, k, k)``, and the bias ``(C_out,)``, None where it is zero.
+        """The steerable kernel ``(C_out, C_in, k, k)``, and the bias ``(C_out,)``, None where it is
+        zero.
 
-        Without gradients to record, the layer keeps the returned tensors: do not change them in place.
+        Without gradients to record, the layer keeps the returned tensors: do not change them in
+        place.
         """
         return self.expand_kernel(), self.expand_bias()
 
     def expand_kernel(self) -> Tensor:
         """The steerable kernel, ``(C_out, C_in, k, k)``."""
-        return torch.cat([self._expand_rows(name) for name, o in zip(REPRESENTATIONS, self.out_fields) if o])
+        out_types = [name for name, o in zip(REPRESENTATIONS, self.out_fields) if o]
+        return torch.cat([self._expand_rows(out_type) for out_type in out_types])
 
     def _expand_rows(self, out_type: str) -> Tensor:
         """The rows of the kernel that map to one field type."""
+        in_types = [name for name, i in zip(REPRESENTATIONS, self.in_fields) if i]
+        weights = {in_type: getattr(self, f"weights_{in_type}2{out_type}") for in_type in in_types}
         first = torch.cat([
-            STEERABLE_BLOCKS[in_type, out_type].expand(getattr(self, f"weights_{in_type}2{out_type}"))
-            for in_type, i in zip(REPRESENTATIONS, self.in_fields) if i
+            STEERABLE_BLOCKS[in_type, out_type].expand(stored)
+            for in_type, stored in weights.items()
         ], dim=1)
         if out_type != "reg":
             return first
@@ -243,9 +263,10 @@ class MobiusConv(nn.Module):
             nn.Conv2d, kernel.shape[1], kernel.shape[0], self.kernel_size,
             bias=bias is not None, device=kernel.device, dtype=kernel.dtype,
         )
-        conv.load_state_dict({"weight": kernel} if bias is None else {"weight": kernel, "bias": bias})
+        conv.load_state_dict({"weight": kernel} | ({} if bias is None else {"bias": bias}))
         conv.requires_grad_(any(p.requires_grad for p in self.parameters()))
-        return nn.Sequential(TransportPad(self.in_fields, self.kernel_size // 2), conv).train(self.training)
+        pad = TransportPad(self.in_fields, self.kernel_size // 2)
+        return nn.Sequential(pad, conv).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.in_fields)}, {tuple(self.out_fields)}, kernel_size={self.kernel_size}"
@@ -284,18 +305,21 @@ def smoothed_equiv_elu(x: Tensor, b: Tensor, fields: Fields, sign_eps: float) ->
 
 
 class EquivNonlin(nn.Module):
-    """Gauge equivariant nonlinearity: ELU on trivial and regular fields, an odd function on sign-flip fields.
+    """Gauge equivariant nonlinearity: ELU on trivial and regular fields, an odd function on
+    sign-flip fields.
 
-    Trivial and regular fields: ELU(x), which commutes with a permutation of channels.
-    Sign-flip fields: sign(x) ELU(|x| + b) with a learnable b for each field, which commutes with a change of sign. It
-    is the identity at b = 0, where training begins. sign(x) is 0 where |x| is within rounding of 0: at most 64 eps of
-    the sample's largest magnitude in these fields (eps of float32 in half precision).
+    Trivial and regular fields: ELU(x), which commutes with a permutation of channels. Sign-flip
+    fields: sign(x) ELU(|x| + b) with a learnable b for each field, which commutes with a change of
+    sign. It is the identity at b = 0, where training begins. sign(x) is 0 where |x| is within
+    rounding of 0: at most 64 eps of the sample's largest magnitude in these fields (eps of float32
+    in half precision).
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.
-        sign_eps: if positive, x / (|x| + sign_eps) in place of sign(x), in the gradient too. The published runs had
-            1e-8. The gradient then has a spike at 0 of height ELU(b) / sign_eps, and rounding decides the sign of
-            values that are 0 but for rounding: networks are not exactly invariant.
+        sign_eps: if positive, x / (|x| + sign_eps) in place of sign(x), in the gradient too. The
+            published runs had 1e-8. The gradient then has a spike at 0 of height ELU(b) / sign_eps,
+            and rounding decides the sign of values that are 0 but for rounding: networks are not
+            exactly invariant.
         device, dtype: of the parameters.
 
     Shape:
@@ -305,8 +329,9 @@ class EquivNonlin(nn.Module):
         bias_sign: b, of shape ``(1, m_sign, 1, 1)``, initially 0; none where m_sign = 0.
 
     Raises:
-        ValueError: for multiplicities that are not allowed, or a `sign_eps` that is negative, not finite, or not 0
-            without sign-flip fields; in `forward`, for an input that is not 4-d with C channels.
+        ValueError: for multiplicities that are not allowed, or a `sign_eps` that is negative, not
+            finite, or not 0 without sign-flip fields; in `forward`, for an input that is not 4-d
+            with C channels.
 
     Source: arXiv:2106.06020, Section 5.3.2.
     """
@@ -315,11 +340,10 @@ class EquivNonlin(nn.Module):
         super().__init__()
         self.in_fields = self.out_fields = as_fields(in_fields, "in_fields")
         self.sign_eps = as_sign_eps(sign_eps, self.in_fields)
-        shape = (1, self.in_fields.sign, 1, 1)
-        self.register_parameter(
-            "bias_sign",
-            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if self.in_fields.sign else None,
-        )
+        b = None
+        if m_sign := self.in_fields.sign:
+            b = nn.Parameter(torch.empty(1, m_sign, 1, 1, device=device, dtype=dtype))
+        self.register_parameter("bias_sign", b)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -344,11 +368,13 @@ class EquivNonlin(nn.Module):
 
 
 def as_sign_eps(sign_eps, fields: Fields) -> float:
-    """Check a `sign_eps` of `EquivNonlin` and return it. Raises ValueError for one that is not allowed."""
+    """Check the `sign_eps` of an `EquivNonlin`. Raises ValueError if it is not allowed."""
     if not isinstance(sign_eps, (int, float)) or not 0 <= sign_eps < math.inf:
         raise ValueError(f"sign_eps must be a finite number of at least 0, got {sign_eps!r}")
     if sign_eps and not fields.sign:
-        raise ValueError(f"sign_eps must be 0 where there are no sign-flip fields, got {sign_eps!r}")
+        raise ValueError(
+            f"sign_eps must be 0 where there are no sign-flip fields, got {sign_eps!r}"
+        )
     return float(sign_eps)
 
 
@@ -357,9 +383,13 @@ def as_sign_eps(sign_eps, fields: Fields) -> float:
 
 
 @accelerated(by=fast.max_pool)
-def max_pool(x: Tensor, fields: Fields, stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool) -> Tensor:
-    """The maximum of each 2 x 2 window; of sign-flip fields the entry of largest magnitude, with its sign."""
-    window_max = partial(F.max_pool2d, kernel_size=2, stride=stride, padding=padding, ceil_mode=ceil_mode)
+def max_pool(
+    x: Tensor, fields: Fields, stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool
+) -> Tensor:
+    """The maximum of 2 x 2 windows; of sign-flip fields the entry of largest magnitude."""
+    window_max = partial(
+        F.max_pool2d, kernel_size=2, stride=stride, padding=padding, ceil_mode=ceil_mode
+    )
 
     def window_extremum(x: Tensor) -> Tensor:
         largest, smallest = window_max(x), -window_max(-x)
@@ -379,24 +409,27 @@ def strip_pool(x: Tensor, fields: Fields, step: int = 2) -> Tensor:
         x = torch.cat([x, cross_cut(x.narrow(3, 0, 1), fields)], dim=3)
     if x.shape[2] % 2 == 0:
         return max_pool(x, fields, stride, (0, 0), False)
-    # The padding of max_pool2d is -inf and never wins. Halved before they are added, the two cannot overflow.
-    top, bottom = max_pool(x, fields, stride, (0, 0), True), max_pool(x, fields, stride, (1, 0), False)
+    # The padding of max_pool2d is -inf and never wins. Halved before they are added, the two cannot
+    # overflow.
+    top = max_pool(x, fields, stride, (0, 0), True)
+    bottom = max_pool(x, fields, stride, (1, 0), False)
     return top / 2 + bottom / 2
 
 
 class MobiusPool(nn.Module):
     """2 x 2 max pooling with stride 2 that respects the field types and continues across the cut.
 
-    Trivial and regular fields: the maximum. Sign-flip fields: the entry of largest magnitude, with its sign; 0 where
-    +a and -a are the largest, equal within 64 eps of the sample's largest magnitude, since no other value is
-    equivariant (the published code has +a).
+    Trivial and regular fields: the maximum. Sign-flip fields: the entry of largest magnitude, with
+    its sign; 0 where +a and -a are the largest, equal within 64 eps of the sample's largest
+    magnitude, since no other value is equivariant (the published code has +a).
 
-    If L is odd, the last window takes its second column from across the cut. If W is odd, it pools twice, with windows
-    aligned to the top and to the bottom edge and the row left over in a window of its own, and averages the two:
-    windows aligned to one edge would not be windows of the reflected strip.
+    If L is odd, the last window takes its second column from across the cut. If W is odd, it pools
+    twice, with windows aligned to the top and to the bottom edge and the row left over in a window
+    of its own, and averages the two: windows aligned to one edge would not be windows of the
+    reflected strip.
 
-    Exactly gauge equivariant. Equivariant under shifts by an even t if L is even: the output moves by t / 2.
-    `polyphase.PolyphasePool` is equivariant under all shifts.
+    Exactly gauge equivariant. Equivariant under shifts by an even t if L is even: the output moves
+    by t / 2. `polyphase.PolyphasePool` is equivariant under all shifts.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.
@@ -405,8 +438,8 @@ class MobiusPool(nn.Module):
         ``(N, C, W, L)`` to ``(N, C, ceil(W / 2), ceil(L / 2))``.
 
     Raises:
-        ValueError: for multiplicities that are not allowed; in `forward`, for an input that is not 4-d with C
-            channels, or not floating point.
+        ValueError: for multiplicities that are not allowed; in `forward`, for an input that is not
+            4-d with C channels, or not floating point.
 
     Source: arXiv:2106.06020, Section 5.4.
     """
@@ -451,12 +484,15 @@ class MobiusConvNaive(nn.Conv2d):
         ``(N, C_in, W, L)`` to ``(N, C_out, W, L)``, for any W and any L >= kernel_size // 2.
 
     Raises:
-        ValueError: for a kernel size that is not allowed; in `forward`, for an input that is not 4-d, does not have
-            C_in channels or has L < kernel_size // 2.
+        ValueError: for a kernel size that is not allowed; in `forward`, for an input that is not
+            4-d, does not have C_in channels or has L < kernel_size // 2.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, device=None, dtype=None) -> None:
-        super().__init__(in_channels, out_channels, _odd_kernel_size(kernel_size), device=device, dtype=dtype)
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, device=None, dtype=None
+    ) -> None:
+        size = _odd_kernel_size(kernel_size)
+        super().__init__(in_channels, out_channels, size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         check_features(x, Fields(self.in_channels, 0, 0))
@@ -474,9 +510,11 @@ class MobiusConvNaive(nn.Conv2d):
 
 
 class MobiusPadNaive(nn.Module):
-    """Padding across the cut for conventional CNNs: flipped across the width, no action on the channels.
+    """Padding across the cut for conventional CNNs: flipped across the width, no action on the
+    channels.
 
-    It treats every channel as a scalar, which is right only for symmetric kernels. CNNs with it are the baselines.
+    It treats every channel as a scalar, which is right only for symmetric kernels. CNNs with it are
+    the baselines.
 
     Args:
         kernel_size: of the convolution that follows, odd and positive.
@@ -485,8 +523,8 @@ class MobiusPadNaive(nn.Module):
         ``(N, C, W, L)`` to ``(N, C, W + 2 (k//2), L + 2 (k//2))``, for any W and any L >= k // 2.
 
     Raises:
-        ValueError: for a kernel size that is not allowed; in `forward`, for an input that is not 4-d or has
-            L < kernel_size // 2.
+        ValueError: for a kernel size that is not allowed; in `forward`, for an input that is not
+            4-d or has L < kernel_size // 2.
 
     Source: arXiv:2106.06020, Section 5.4.
     """
@@ -514,8 +552,8 @@ class TransportPad(nn.Module):
         ``(N, C, W, L)`` to ``(N, C, W + 2 pad, L + 2 pad)``, for any W and any L >= pad.
 
     Raises:
-        ValueError: for arguments that are not allowed; in `forward`, for an input that is not 4-d with C channels
-            or has L < pad.
+        ValueError: for arguments that are not allowed; in `forward`, for an input that is not 4-d
+            with C channels or has L < pad.
     """
 
     def __init__(self, in_fields, pad: int) -> None:

@@ -1,12 +1,12 @@
 """Beyond the paper: pooling on the grid that the data choose, equivariant under every shift.
 
-Pooling windows of two columns begin at the even columns. A shift by one column pairs other columns, so that pooling
-is equivariant under even shifts only. Here each sample chooses between the even and the odd columns, by the norm of
-what would be pooled: let p be 0 or 1, shift by -p, then pool. No isometry and no gauge transformation changes the
-norms, so the chosen grid moves with the sample.
+Pooling windows of two columns begin at the even columns. A shift by one column pairs other columns,
+so that pooling is equivariant under even shifts only. Here each sample chooses: let p be 0 or 1,
+whichever gives pooled fields of the larger norm; shift by -p, then pool. No isometry and no gauge
+transformation changes the norms, so the chosen grid moves with the sample.
 
-Source: adaptive polyphase sampling, Chaman and Dokmanić, CVPR 2021, arXiv:2011.14214; a relative is Xu et al.,
-*Group Equivariant Subsampling*, NeurIPS 2021, arXiv:2106.05886.
+Source: adaptive polyphase sampling, Chaman and Dokmanić, CVPR 2021, arXiv:2011.14214; a relative is
+Xu et al., *Group Equivariant Subsampling*, NeurIPS 2021, arXiv:2106.05886.
 """
 
 import torch
@@ -28,7 +28,7 @@ def polyphase_pool(x: Tensor, fields: Fields) -> Tensor:
 
 
 def norm(x: Tensor) -> Tensor:
-    """Of each sample, ``(N,)``, in float32 at least. In two steps: a long sum one by one would round more."""
+    """Of each sample, ``(N,)``. In two steps, since one long sum would round more."""
     pixels = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.linalg.vector_norm(pixels, dim=(1, 2))
 
@@ -36,10 +36,10 @@ def norm(x: Tensor) -> Tensor:
 class PolyphasePool(MobiusPool):
     """`MobiusPool` on the even or the odd columns, whichever gives the larger norm.
 
-    A shift of the input by t changes p to p' = (p + t) mod 2 and moves the output by (t + p - p') / 2, an integer:
-    equivariant under all 2L isometries, and gauge equivariant. Equal norms take the even grid, which costs
-    equivariance under odd shifts for fields whose two grids fit equally well up to rounding, such as a constant field
-    with one pixel that differs.
+    A shift of the input by t changes p to p' = (p + t) mod 2 and moves the output by the integer
+    (t + p - p') / 2: equivariant under all 2L isometries, and gauge equivariant. Equal norms take
+    the even grid, which costs equivariance under odd shifts for fields whose two grids fit equally
+    well up to rounding, such as a constant field with one pixel that differs.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.
@@ -48,8 +48,8 @@ class PolyphasePool(MobiusPool):
         ``(N, C, W, L)`` to ``(N, C, ceil(W / 2), L / 2)``.
 
     Raises:
-        ValueError: as `MobiusPool`, and in `forward` for an odd L: once around a strip of odd length, the even columns
-            have become the odd ones.
+        ValueError: as `MobiusPool`, and in `forward` for an odd L: once around a strip of odd
+            length, the even columns have become the odd ones.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,4 +59,6 @@ class PolyphasePool(MobiusPool):
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)
         if x.shape[3] % 2:
-            raise ValueError(f"polyphase pooling needs an even length L, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"polyphase pooling needs an even length L, got shape {tuple(x.shape)}"
+            )

@@ -1,11 +1,12 @@
-"""Tests of fields, layers and models; and the runner of all tests, of which the others are in tests/.
+"""Tests of fields, layers and models, and the runner of all tests; the others are in tests/.
 
     python unit_tests.py                    all of them, about two minutes on two cores
     python unit_tests.py TestMobiusConv     one class, or one file (tests.test_train), or one test
     python -m pytest                        all of them with pytest
 
-Reference implementations are written out from the definitions, with explicit matrices and loops, and share no
-code with what they test. Equivariance is tested in float64 to 1e-10, beside a layer or model that must fail.
+Reference implementations are written out from the definitions, with explicit matrices and loops,
+and share no code with what they test. Equivariance is tested in float64 to 1e-10, beside a layer
+or model that must fail.
 """
 
 import collections
@@ -62,7 +63,10 @@ class TestFields(Case):
         self.assertEqual(as_fields(np.array([1, 2, 3])), (1, 2, 3))
 
     def test_bad_multiplicities(self):
-        for bad in [(0, 0, 0), (-1, 2, 0), (1.0, 0, 0), (1, 2), (1, 2, 3, 4), ("1", 0, 0), (True, 0, 0), 3, None]:
+        for bad in [
+            (0, 0, 0), (-1, 2, 0), (1.0, 0, 0), (1, 2), (1, 2, 3, 4), ("1", 0, 0), (True, 0, 0),
+            3, None,
+        ]:
             with self.subTest(bad), self.assertRaisesRegex(ValueError, re.escape(repr(bad))):
                 as_fields(bad)
         with self.assertRaisesRegex(ValueError, re.escape("(True, 0, 0)")):
@@ -80,12 +84,16 @@ class TestFields(Case):
             x = features(fields, width, length)
             for shift in all_shifts(length):
                 with self.subTest(fields=fields, length=length, shift=shift):
-                    self.assertClose(isometry_action(x, shift, fields), reference_cover(x, fields, -shift, length - shift))
+                    self.assertClose(
+                        isometry_action(x, shift, fields),
+                        reference_cover(x, fields, -shift, length - shift),
+                    )
 
     def test_isometry_group(self):
         fields, length = (1, 2, 1), 5
         x = features(fields, 4, length)
-        self.assertTrue(torch.equal(isometry_action(x, length, fields), gauge_transform(x.flip(2), fields)))
+        reflected = gauge_transform(x.flip(2), fields)
+        self.assertTrue(torch.equal(isometry_action(x, length, fields), reflected))
         for identity in (0, 2 * length, -2 * length, 10**30 * 2 * length):
             self.assertTrue(torch.equal(isometry_action(x, identity, fields), x))
         for a, b in itertools.product(all_shifts(length), repeat=2):
@@ -96,7 +104,8 @@ class TestFields(Case):
         fields = (1, 1, 1)
         x = features(fields, 3, 4, n=17)
         shifts = torch.arange(-8, 9)
-        expected = torch.cat([isometry_action(x[i:i + 1], int(t), fields) for i, t in enumerate(shifts)])
+        moved = [isometry_action(x[i:i + 1], int(t), fields) for i, t in enumerate(shifts)]
+        expected = torch.cat(moved)
         self.assertTrue(torch.equal(isometry_action(x, shifts, fields), expected))
         self.assertTrue(torch.equal(isometry_action(x, shifts.to(torch.int32), fields), expected))
         for extreme in (-2**63, 2**63 - 1):
@@ -109,8 +118,10 @@ class TestFields(Case):
     def test_dtypes_and_devices(self):
         fields = (1, 1, 1)
         numbers = torch.arange(2 * 4 * 3 * 5).reshape(2, 4, 3, 5) - 60
-        signed = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.int8,
-                  torch.int16, torch.int32, torch.int64]
+        signed = [
+            torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
+            torch.int8, torch.int16, torch.int32, torch.int64,
+        ]
         for dtype in signed:
             with self.subTest(dtype):
                 x = numbers.to(dtype)
@@ -119,8 +130,10 @@ class TestFields(Case):
                 self.assertTrue(torch.equal(y, isometry_action(numbers, 7, fields).to(dtype)))
         for dtype in (torch.uint8, torch.bool):
             x = (numbers % 3 == 0).to(dtype)
-            self.assertTrue(torch.equal(isometry_action(x, 7, (2, 0, 1)).long(), isometry_action(x.long(), 7, (2, 0, 1))))
-            with self.subTest(dtype), self.assertRaisesRegex(ValueError, f"negative numbers, got {dtype}"):
+            expected = isometry_action(x.long(), 7, (2, 0, 1))
+            self.assertTrue(torch.equal(isometry_action(x, 7, (2, 0, 1)).long(), expected))
+            message = f"negative numbers, got {dtype}"
+            with self.subTest(dtype), self.assertRaisesRegex(ValueError, message):
                 gauge_transform(x, fields)
         y = isometry_action(numbers.to("meta"), 7, fields)
         self.assertEqual((y.device.type, y.shape), ("meta", numbers.shape))
@@ -144,14 +157,18 @@ class TestFields(Case):
 
 class TestTransportPad(Case):
     def test_is_a_window_of_the_double_cover(self):
-        for fields, pad, (width, length) in itertools.product(FIELDS, (0, 1, 2, 3), [(4, 3), (3, 4)]):
+        sizes = [(4, 3), (3, 4)]
+        for fields, pad, (width, length) in itertools.product(FIELDS, (0, 1, 2, 3), sizes):
             with self.subTest(fields=fields, pad=pad, length=length):
                 x = features(fields, width, length)
                 before = x.clone()
                 padded = transport_pad(x, pad, fields)
-                self.assertClose(padded[:, :, pad:pad + width], reference_cover(x, fields, -pad, length + pad))
-                self.assertEqual(padded.shape, (2, channels(fields), width + 2 * pad, length + 2 * pad))
-                self.assertTrue((padded[:, :, :pad] == 0).all() and (padded[:, :, pad + width:] == 0).all())
+                expected = reference_cover(x, fields, -pad, length + pad)
+                self.assertClose(padded[:, :, pad:pad + width], expected)
+                shape = (2, channels(fields), width + 2 * pad, length + 2 * pad)
+                self.assertEqual(padded.shape, shape)
+                above, below = padded[:, :, :pad], padded[:, :, pad + width:]
+                self.assertTrue((above == 0).all() and (below == 0).all())
                 self.assertTrue(torch.equal(x, before))
 
     def test_naive_is_the_one_of_scalars(self):
@@ -189,26 +206,32 @@ class TestMobiusConv(Case):
     }
 
     def test_parameters(self):
-        for (i, in_fields), (o, out_fields), k in itertools.product(TYPES.items(), TYPES.items(), KERNEL_SIZES):
+        for (i, in_fields), (o, out_fields), k in itertools.product(
+            TYPES.items(), TYPES.items(), KERNEL_SIZES
+        ):
             with self.subTest(block=f"{i}2{o}", k=k):
                 conv = MobiusConv([2 * m for m in in_fields], [3 * m for m in out_fields], k)
                 expected = {f"weights_{i}2{o}": self.SHAPES[f"{i}2{o}"](k)}
                 if o != "sign":
                     expected[f"bias_{o}"] = (3,)
-                self.assertEqual({name: tuple(p.shape) for name, p in conv.named_parameters()}, expected)
+                shapes = {name: tuple(p.shape) for name, p in conv.named_parameters()}
+                self.assertEqual(shapes, expected)
         names = {f"weights_{block}" for block in self.SHAPES} | {"bias_triv", "bias_reg"}
         self.assertEqual(set(MobiusConv((1, 1, 1), (1, 1, 1), 3).state_dict()), names)
 
     def test_kernel_is_steerable(self):
-        for in_fields, out_fields, k in itertools.product(FIELDS + list(TYPES.values()), FIELDS + list(TYPES.values()), KERNEL_SIZES):
+        all_fields = FIELDS + list(TYPES.values())
+        for in_fields, out_fields, k in itertools.product(all_fields, all_fields, KERNEL_SIZES):
             with self.subTest(in_fields=in_fields, out_fields=out_fields, k=k):
-                kernel = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE)).expand_kernel()
+                conv = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE))
+                kernel = conv.expand_kernel()
                 self.assertEqual(kernel.shape, (channels(out_fields), channels(in_fields), k, k))
                 rho_out, rho_in = rho_matrix(out_fields), rho_matrix(in_fields)
-                self.assertClose(kernel.flip(2), torch.einsum("ab,bcwl,cd->adwl", rho_out, kernel, rho_in.inverse()))
+                expected = torch.einsum("ab,bcwl,cd->adwl", rho_out, kernel, rho_in.inverse())
+                self.assertClose(kernel.flip(2), expected)
 
     def test_kernels_are_all_steerable_ones(self):
-        """As many free parameters as the space of steerable kernels has dimensions, none of them idle."""
+        """As many free parameters as the steerable kernels have dimensions, none of them idle."""
         for in_fields, out_fields, k in itertools.product(TYPES.values(), TYPES.values(), (1, 3)):
             conv = MobiusConv(in_fields, out_fields, k, dtype=DOUBLE)
             weights = {name: p for name, p in conv.named_parameters() if name.startswith("weights")}
@@ -222,10 +245,15 @@ class TestMobiusConv(Case):
                 return conv.expand_kernel().detach().flatten()
 
             size = sum(p.numel() for p in weights.values())
-            basis = torch.stack([expand(row) for row in torch.eye(size, dtype=DOUBLE)]) if size else torch.zeros(0, 1)
-            # The projector on steerable kernels is the mean of the identity and K -> rho_out K(s.v) rho_in^-1.
+            rows = [expand(row) for row in torch.eye(size, dtype=DOUBLE)]
+            basis = torch.stack(rows) if size else torch.zeros(0, 1)
+            # The projector on steerable kernels is the mean of the identity and of
+            # K -> rho_out K(s.v) rho_in^-1.
             flip = torch.eye(k, dtype=DOUBLE).flip(0)
-            action = torch.kron(torch.kron(rho_matrix(out_fields), rho_matrix(in_fields)), torch.kron(flip, torch.eye(k, dtype=DOUBLE)))
+            action = torch.kron(
+                torch.kron(rho_matrix(out_fields), rho_matrix(in_fields)),
+                torch.kron(flip, torch.eye(k, dtype=DOUBLE)),
+            )
             dimension = round((len(action) + action.trace().item()) / 2)
             with self.subTest(in_fields=in_fields, out_fields=out_fields, k=k):
                 self.assertEqual(size, dimension)
@@ -235,7 +263,9 @@ class TestMobiusConv(Case):
         """What stands in a checkpoint stands where the published layout has it."""
         k, centre = 5, 2
         for (i, in_fields), (o, out_fields) in itertools.product(TYPES.items(), TYPES.items()):
-            conv = randomized(MobiusConv([2 * m for m in in_fields], [3 * m for m in out_fields], k, dtype=DOUBLE))
+            conv = randomized(
+                MobiusConv([2 * m for m in in_fields], [3 * m for m in out_fields], k, dtype=DOUBLE)
+            )
             stored, kernel = getattr(conv, f"weights_{i}2{o}"), conv.expand_kernel()
             d_out, d_in = (2 if o == "reg" else 1), (2 if i == "reg" else 1)
             with self.subTest(block=f"{i}2{o}"):
@@ -271,12 +301,13 @@ class TestMobiusConv(Case):
             patches = rows.unfold(2, k, 1).unfold(3, k, 1)
             bias = torch.zeros(channels(out_fields), dtype=DOUBLE)
             bias[:2], bias[3:] = conv.bias_triv, conv.bias_reg
-            expected = torch.einsum("ncwlab,ocab->nowl", patches, conv.expand_kernel()) + bias[:, None, None]
+            without_bias = torch.einsum("ncwlab,ocab->nowl", patches, conv.expand_kernel())
+            expected = without_bias + bias[:, None, None]
             with self.subTest(k=k, width=width, length=length):
                 self.assertClose(conv(x), expected)
 
     def test_gauge_equivariance(self):
-        """In reflected frames the kernel's width axis points the other way; features come out reflected."""
+        """In reflected frames the kernel's width axis is reversed; features come out reflected."""
         for in_fields, out_fields, k in itertools.product(FIELDS, FIELDS, KERNEL_SIZES):
             conv = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE))
             x = features(in_fields, 5, 6)
@@ -302,15 +333,16 @@ class TestMobiusConv(Case):
                 self.assertIsometryEquivariant(naive, fields, fields, 6, 8)
         # Transport padding alone is not enough, nor are steerable kernels without it.
         conv = randomized(MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE))
+        kernel = torch.ones(4, 4, 3, 3, dtype=DOUBLE).cumsum(2)
         for layer in (
-            lambda x: F.conv2d(transport_pad(x, 1, (1, 1, 1)), torch.ones(4, 4, 3, 3, dtype=DOUBLE).cumsum(2)),
+            lambda x: F.conv2d(transport_pad(x, 1, (1, 1, 1)), kernel),
             lambda x: F.conv2d(MobiusPadNaive(3)(x), conv.expand_kernel(), conv.expand_bias()),
         ):
             with self.assertRaises(AssertionError):
                 self.assertIsometryEquivariant(layer, (1, 1, 1), (1, 1, 1), 6, 8)
 
     def test_moving_the_cut_changes_nothing(self):
-        """Cut the strip elsewhere: the columns left of the new cut are glued on behind the old one, reflected."""
+        """Cut the strip elsewhere: the columns left of the new cut go to the end, reflected."""
         fields, width, length = (1, 1, 2), 5, 6
         conv = randomized(MobiusConv(fields, fields, 5, dtype=DOUBLE))
 
@@ -336,15 +368,19 @@ class TestMobiusConv(Case):
 
     def test_bad_arguments(self):
         for k in (0, 2, -1, -3, 3.0, "3", None, True):
-            with self.assertRaisesRegex(ValueError, f"kernel_size must be an odd positive integer, got {k!r}"):
+            message = f"kernel_size must be an odd positive integer, got {k!r}"
+            with self.assertRaisesRegex(ValueError, message):
                 MobiusConv((1, 0, 0), (1, 0, 0), k)
         for bad in [(0, 0, 0), (1, -1, 0), (1, 0.5, 0), (1, 0)]:
-            with self.assertRaisesRegex(ValueError, rf"in_fields must be .* got {re.escape(repr(bad))}"):
+            given = re.escape(repr(bad))
+            with self.assertRaisesRegex(ValueError, rf"in_fields must be .* got {given}"):
                 MobiusConv(bad, (1, 0, 0), 3)
-            with self.assertRaisesRegex(ValueError, rf"out_fields must be .* got {re.escape(repr(bad))}"):
+            with self.assertRaisesRegex(ValueError, rf"out_fields must be .* got {given}"):
                 MobiusConv((1, 0, 0), bad, 3)
         conv = MobiusConv((1, 1, 1), (1, 0, 0), 5)
-        for bad, message in [((4, 6, 6), "4-d"), ((1, 3, 6, 6), "4 channels"), ((1, 4, 6, 1), "L = 1")]:
+        for bad, message in [
+            ((4, 6, 6), "4-d"), ((1, 3, 6, 6), "4 channels"), ((1, 4, 6, 1), "L = 1"),
+        ]:
             with self.assertRaisesRegex(ValueError, message):
                 conv(torch.zeros(bad))
         self.assertEqual(conv(torch.zeros(1, 4, 6, 2)).shape, (1, 1, 6, 2))  # L = k // 2
@@ -352,7 +388,8 @@ class TestMobiusConv(Case):
 
 class TestEquivNonlin(Case):
     def test_parameters(self):
-        self.assertEqual({n: tuple(p.shape) for n, p in EquivNonlin((2, 3, 1)).named_parameters()}, {"bias_sign": (1, 3, 1, 1)})
+        shapes = {n: tuple(p.shape) for n, p in EquivNonlin((2, 3, 1)).named_parameters()}
+        self.assertEqual(shapes, {"bias_sign": (1, 3, 1, 1)})
         self.assertTrue((EquivNonlin((2, 3, 1)).bias_sign == 0).all())
         self.assertEqual(list(EquivNonlin((2, 0, 1)).parameters()), [])
 
@@ -365,14 +402,17 @@ class TestEquivNonlin(Case):
             if sign:
                 values = x[:, triv:triv + sign]
                 shifted = np.abs(values) + layer.bias_sign.detach().numpy()
-                elu[:, triv:triv + sign] = np.sign(values) * np.where(shifted > 0, shifted, np.expm1(np.minimum(shifted, 0)))
+                magnitude = np.where(shifted > 0, shifted, np.expm1(np.minimum(shifted, 0)))
+                elu[:, triv:triv + sign] = np.sign(values) * magnitude
             with self.subTest(fields):
                 self.assertClose(layer(torch.from_numpy(x)), torch.from_numpy(elu))
 
     def test_zeros_and_extremes(self):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             most, least = torch.finfo(dtype).max, torch.finfo(dtype).tiny
-            values = torch.tensor([0.0, -0.0, 1.0, -1.0, most, -most, least, -least, math.inf, -math.inf], dtype=dtype)
+            values = torch.tensor(
+                [0.0, -0.0, 1.0, -1.0, most, -most, least, -least, math.inf, -math.inf], dtype=dtype
+            )
             for b in (-2.0, 0.0, 2.0):
                 with self.subTest(dtype=dtype, b=b):
                     layer = EquivNonlin((1, 1, 1), dtype=dtype)
@@ -391,10 +431,13 @@ class TestEquivNonlin(Case):
             self.assertIsometryEquivariant(layer, fields, fields, *size)
 
     def test_zero_up_to_rounding(self):
-        """The sign of noise is 0, and so are the gradients there; numbers beyond rounding keep theirs."""
-        for dtype, function in itertools.product((DOUBLE, torch.float32), ("by the twin", "by the formula")):
+        """The sign of noise is 0, as are the gradients; numbers beyond rounding keep theirs."""
+        for dtype, function in itertools.product(
+            (DOUBLE, torch.float32), ("by the twin", "by the formula")
+        ):
             layer, eps = randomized(EquivNonlin((1, 1, 0), dtype=dtype)), torch.finfo(dtype).eps
-            x = torch.tensor([4.0, 0.0, 10 * eps, -200 * eps, 2000 * eps], dtype=dtype)  # 64 eps of 4 are 256 eps
+            # 64 eps of 4 are 256 eps.
+            x = torch.tensor([4.0, 0.0, 10 * eps, -200 * eps, 2000 * eps], dtype=dtype)
             x = torch.stack([torch.full_like(x, 100), x])[None, :, None].requires_grad_()
             with fast.disabled() if function == "by the formula" else contextlib.nullcontext():
                 y = layer(x)
@@ -417,7 +460,8 @@ class TestEquivNonlin(Case):
 
     def test_smoothed_sign(self):
         """x / (|x| + sign_eps), values and gradients against the formula written out."""
-        x = torch.cat([torch.linspace(-2, 2, 41), torch.tensor([1e-9, -1e-8, 1e-7, 0.0])]).to(DOUBLE)
+        small = torch.tensor([1e-9, -1e-8, 1e-7, 0.0])
+        x = torch.cat([torch.linspace(-2, 2, 41), small]).to(DOUBLE)
         for eps, b in itertools.product((1e-8, 1e-2), (-0.7, 0.0, 0.7)):
             layer, given = self.smoothed(eps, b), x.view(1, 1, 1, -1).clone().requires_grad_()
             y = layer(given)
@@ -438,7 +482,7 @@ class TestEquivNonlin(Case):
         self.assertIn("sign_eps=1e-08", repr(mixed))
 
     def test_smoothed_sign_at_zero(self):
-        """No nan; and the gradient is the jump of the sign, 2 ELU(b), with a variance like 1 / sign_eps."""
+        """No nan. The gradient is the sign's jump, 2 ELU(b), with a variance like 1 / sign_eps."""
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             x = torch.zeros(1, 1, 2, 2, dtype=dtype, requires_grad=True)
             y = EquivNonlin((0, 1, 0), 1e-8, dtype=dtype)(x)
@@ -455,12 +499,23 @@ class TestEquivNonlin(Case):
 
     def test_bad_sign_eps(self):
         for bad in (-1e-8, math.nan, math.inf, "1e-8", None):
-            for make in (lambda: EquivNonlin((0, 1, 0), bad), lambda: build_model("mobius_mixed", sign_eps=bad)):
-                with self.assertRaisesRegex(ValueError, f"sign_eps must be a finite number .* got {bad!r}"):
+            message = f"sign_eps must be a finite number .* got {bad!r}"
+            for make in (
+                lambda: EquivNonlin((0, 1, 0), bad),
+                lambda: build_model("mobius_mixed", sign_eps=bad),
+            ):
+                with self.assertRaisesRegex(ValueError, message):
                     make()
-        for make in (lambda: EquivNonlin((1, 0, 1), 1e-8), lambda: MobiusGaugeCNN(mode="regular", sign_eps=1e-8),
-                     *(partial(build_model, name, sign_eps=1e-8) for name in ("cnn_same_params", "mobius_scalar"))):
-            with self.assertRaisesRegex(ValueError, "sign_eps must be 0 where there are no sign-flip fields, got 1e-08"):
+        message = "sign_eps must be 0 where there are no sign-flip fields, got 1e-08"
+        for make in (
+            lambda: EquivNonlin((1, 0, 1), 1e-8),
+            lambda: MobiusGaugeCNN(mode="regular", sign_eps=1e-8),
+            *(
+                partial(build_model, name, sign_eps=1e-8)
+                for name in ("cnn_same_params", "mobius_scalar")
+            ),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
                 make()
 
     def test_elu_alone_is_not_equivariant(self):
@@ -485,13 +540,17 @@ class TestMobiusPool(Case):
             x = reference_cover(x, fields, 0, length + 1)
         rows = {
             0: [[range(w, w + 2) for w in range(0, width, 2)]],
-            1: [[range(w, min(w + 2, width)) for w in range(0, width, 2)], [range(max(w, 0), w + 2) for w in range(-1, width, 2)]],
+            1: [
+                [range(w, min(w + 2, width)) for w in range(0, width, 2)],
+                [range(max(w, 0), w + 2) for w in range(-1, width, 2)],
+            ],
         }[width % 2]
         y = torch.zeros(n, c, (width + 1) // 2, (length + 1) // 2, dtype=x.dtype)
         for i, j, column in itertools.product(range(n), range(c), range(y.shape[3])):
             for windows in rows:
                 for w, window in enumerate(windows):
-                    values = [x[i, j, r, l].item() for r in window for l in (2 * column, 2 * column + 1)]
+                    columns = (2 * column, 2 * column + 1)
+                    values = [x[i, j, r, l].item() for r in window for l in columns]
                     if triv <= j < triv + sign:
                         largest = max(values, key=abs)
                         y[i, j, w, column] += 0 if -largest in values else largest
@@ -500,7 +559,8 @@ class TestMobiusPool(Case):
         return y / len(rows)
 
     def test_values(self):
-        for fields, (width, length) in itertools.product(FIELDS, SIZES + [(1, 2), (2, 1), (1, 1), (28, 28)]):
+        sizes = SIZES + [(1, 2), (2, 1), (1, 1), (28, 28)]
+        for fields, (width, length) in itertools.product(FIELDS, sizes):
             n = 1 if width == 28 else 2
             x = features(fields, width, length, n)
             with self.subTest(fields=fields, width=width, length=length):
@@ -509,10 +569,12 @@ class TestMobiusPool(Case):
                 self.assertClose(MobiusPool(fields)(-x.abs()), self.reference(-x.abs(), fields))
 
     def test_opposite_entries(self):
-        """Of +a and -a neither, also where rounding made them differ: 0 is the only value that is its own negative."""
+        """Of +a and -a neither wins, even if rounding made them differ: 0 is its own negative."""
         pool = MobiusPool((0, 1, 0))
-        for window, noise in itertools.product(itertools.permutations([2.0, -2.0, 1.0, -1.0]), (0, 1e-15, -1e-15)):
-            x = (torch.tensor(window, dtype=DOUBLE) + torch.tensor([noise, 0, 0, 0])).reshape(1, 1, 2, 2).requires_grad_()
+        windows = itertools.permutations([2.0, -2.0, 1.0, -1.0])
+        for window, noise in itertools.product(windows, (0, 1e-15, -1e-15)):
+            values = torch.tensor(window, dtype=DOUBLE) + torch.tensor([noise, 0, 0, 0])
+            x = values.reshape(1, 1, 2, 2).requires_grad_()
             y = pool(x)
             self.assertEqual(y.item(), 0)
             self.assertEqual(torch.autograd.grad(y, x)[0].abs().max().item(), 0)
@@ -520,7 +582,8 @@ class TestMobiusPool(Case):
         for fields, size in itertools.product([(0, 2, 0), (1, 2, 1)], SIZES):
             x = torch.randint(-2, 3, (20, channels(fields), *size)).double()
             for x in (x, 0.1 * x + 1e-15 * torch.rand_like(x)):
-                self.assertClose(MobiusPool(fields)(gauge_transform(x, fields)), gauge_transform(MobiusPool(fields)(x), fields))
+                reflected = MobiusPool(fields)(gauge_transform(x, fields))
+                self.assertClose(reflected, gauge_transform(MobiusPool(fields)(x), fields))
 
     def test_equivariance(self):
         for fields, size in itertools.product(FIELDS, SIZES):
@@ -531,8 +594,9 @@ class TestMobiusPool(Case):
     def test_plain_pooling_is_not_equivariant(self):
         with self.assertRaises(AssertionError):  # the maximum of a sign-flip field is not odd
             self.assertGaugeEquivariant(nn.MaxPool2d(2), (0, 2, 0), (0, 2, 0), 6, 8)
-        with self.assertRaises(AssertionError):  # windows aligned to one edge are not those of the reflected strip
-            self.assertIsometryEquivariant(nn.MaxPool2d(2, ceil_mode=True), (1, 0, 0), (1, 0, 0), 7, 8, step=2)
+        pool = nn.MaxPool2d(2, ceil_mode=True)
+        with self.assertRaises(AssertionError):  # its windows are not those of the reflected strip
+            self.assertIsometryEquivariant(pool, (1, 0, 0), (1, 0, 0), 7, 8, step=2)
 
     def test_dtypes(self):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -597,7 +661,7 @@ class TestPolyphasePool(Case):
 
     @staticmethod
     def sparse(fields, n=80) -> torch.Tensor:
-        """Few values other than 0, no two alike: often, each has a window of its own on both grids."""
+        """Few nonzero values, all different: often, each has a window of its own on both grids."""
         size = n * channels(fields) * 24
         values = (torch.randperm(size) + 1).to(DOUBLE).view(n, channels(fields), 4, 6)
         return values * (torch.rand(n, channels(fields), 4, 6) < 0.3 / channels(fields))
@@ -607,7 +671,8 @@ class TestPolyphasePool(Case):
         for fields, (width, length) in itertools.product(FIELDS, self.EVEN):
             x = self.untied(features(fields, width, length, n=8), fields)
             grids = torch.stack([
-                TestMobiusPool.reference(reference_cover(x, fields, p, p + length), fields) for p in (0, 1)
+                TestMobiusPool.reference(reference_cover(x, fields, p, p + length), fields)
+                for p in (0, 1)
             ])
             even, odd = grids.square().sum((2, 3, 4))
             expected = grids[(odd > even).long(), torch.arange(len(x))]
@@ -660,7 +725,7 @@ class TestPolyphasePool(Case):
         for fields, width in (((1, 1, 1), 4), ((1, 1, 1), 3), ((0, 0, 2), 4)):
             pool = PolyphasePool(fields)
             x = features(fields, width, 4, n=1)
-            x = torch.cat([x, isometry_action(x, 1, fields)])  # one on the even grid, one on the odd one
+            x = torch.cat([x, isometry_action(x, 1, fields)])  # one on each grid
             with self.subTest(fields=fields, width=width):
                 given = x.clone().requires_grad_()
                 self.assertTrue(torch.autograd.gradcheck(
@@ -712,7 +777,8 @@ class TestTorchHabits(Case):
 
     def test_dtype_and_device(self):
         for make in self.LAYERS:
-            self.assertTrue(all(p.is_meta and p.dtype == torch.float64 for p in make(device="meta", dtype=DOUBLE).parameters()))
+            parameters = make(device="meta", dtype=DOUBLE).parameters()
+            self.assertTrue(all(p.is_meta and p.dtype == torch.float64 for p in parameters))
             for dtype in (torch.float64, torch.bfloat16, torch.float16):
                 x = features((1, 1, 1), 6, 7).to(dtype)
                 self.assertEqual(make(dtype=dtype)(x).dtype, dtype)
@@ -748,11 +814,17 @@ class TestTorchHabits(Case):
             layer, x = randomized(make(dtype=DOUBLE)), features((1, 1, 1), 7, 7)
             torch.compiler.reset()
             with self.subTest(layer):
-                self.assertClose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+                compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+                self.assertClose(compiled(x), layer(x))
 
-    @unittest.skipUnless(shutil.which("c++") or shutil.which("g++"), "torch.compile needs a C++ compiler on the CPU")
+    @unittest.skipUnless(
+        shutil.which("c++") or shutil.which("g++"), "torch.compile needs a C++ compiler on the CPU"
+    )
     def test_compile_with_the_default_backend(self):
-        layer = randomized(nn.Sequential(MobiusConv((1, 0, 0), (1, 1, 1), 3), EquivNonlin((1, 1, 1)), MobiusPool((1, 1, 1))))
+        layers = nn.Sequential(
+            MobiusConv((1, 0, 0), (1, 1, 1), 3), EquivNonlin((1, 1, 1)), MobiusPool((1, 1, 1))
+        )
+        layer = randomized(layers)
         x = torch.randn(2, 1, 8, 8)
         torch.compiler.reset()
         self.assertClose(torch.compile(layer, fullgraph=True)(x), layer(x), tolerance=1e-4)
@@ -770,7 +842,8 @@ class TestModels(Case):
         self.assertEqual({name: count_parameters(build_model(name)) for name in MODELS}, PARAMETERS)
 
     def test_script_prints_the_counts(self):
-        printed = subprocess.run([sys.executable, ROOT / "models.py"], capture_output=True, text=True, check=True).stdout
+        command = [sys.executable, ROOT / "models.py"]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for name, count in PARAMETERS.items():
             self.assertRegex(printed, rf"{name} .* {count:,}\b")
 
@@ -784,15 +857,22 @@ class TestModels(Case):
             for a, b in itertools.product(TYPES, TYPES):
                 if i[a] and o[b]:
                     _, columns, rows, k = blocks[f"{a}2{b}"](5)
-                    expected[f"mobius_cnn.{index}.weights_{a}2{b}"] = (o[b], columns // 2 * i[a], rows, k)
+                    shape = (o[b], columns // 2 * i[a], rows, k)
+                    expected[f"mobius_cnn.{index}.weights_{a}2{b}"] = shape
             for b in ("triv", "reg"):
                 if o[b]:
                     expected[f"mobius_cnn.{index}.bias_{b}"] = (o[b],)
-        expected |= {f"mobius_cnn.{index}.bias_sign": (1, n, 1, 1) for index, n in zip((1, 3, 6, 8, 11), (4, 8, 16, 32, 64))}
+        expected |= {
+            f"mobius_cnn.{index}.bias_sign": (1, n, 1, 1)
+            for index, n in zip((1, 3, 6, 8, 11), (4, 8, 16, 32, 64))
+        }
         self.assertEqual(self.shapes("mobius_mixed"), expected | self.classifier())
 
     def test_state_dict_of_a_cnn(self):
-        for name, widths in (("cnn_same_channels", (1, 16, 32, 64, 128, 256, 64)), ("cnn_same_params", (1, 11, 22, 45, 90, 181, 64))):
+        for name, widths in (
+            ("cnn_same_channels", (1, 16, 32, 64, 128, 256, 64)),
+            ("cnn_same_params", (1, 11, 22, 45, 90, 181, 64)),
+        ):
             expected = {}
             for index, (i, o) in zip((1, 4, 8, 11, 15, 18), itertools.pairwise(widths)):
                 expected |= {f"cnn.{index}.weight": (o, i, 5, 5), f"cnn.{index}.bias": (o,)}
@@ -805,13 +885,19 @@ class TestModels(Case):
     @staticmethod
     def classifier():
         def norm(n):
-            return {"weight": (n,), "bias": (n,), "running_mean": (n,), "running_var": (n,), "num_batches_tracked": ()}
+            return {
+                "weight": (n,), "bias": (n,), "running_mean": (n,), "running_var": (n,),
+                "num_batches_tracked": (),
+            }
 
         def linear(i, o):
             return {"weight": (o, i), "bias": (o,)}
 
         layers = {0: norm(64), 3: linear(64, 32), 4: norm(32), 7: linear(32, 10)}
-        return {f"classifier.{index}.{key}": shape for index, layer in layers.items() for key, shape in layer.items()}
+        return {
+            f"classifier.{index}.{key}": shape
+            for index, layer in layers.items() for key, shape in layer.items()
+        }
 
     def test_field_types_of_each_mode(self):
         for mode, base in MODES.items():
@@ -872,13 +958,18 @@ class TestModels(Case):
             for k in (1, 3):
                 model = cls(kernel_size=k, ch_in=3, classes=7, **arguments).eval()
                 self.assertEqual(model(x).shape, (2, 7))
-            for bad in ({"ch_in": 0}, {"classes": -1}, {"ch_in": 1.5}, {"kernel_size": 4}, {"dropout": 1.5}, {"pooling": "max"}):
+            for bad in (
+                {"ch_in": 0}, {"classes": -1}, {"ch_in": 1.5}, {"kernel_size": 4}, {"dropout": 1.5},
+                {"pooling": "max"},
+            ):
                 with self.assertRaisesRegex(ValueError, next(iter(bad))):
                     cls(**bad)
-        with self.assertRaisesRegex(ValueError, "scalar, signflip, regular, irrep, mixed, got 'regulr'"):
+        message = "scalar, signflip, regular, irrep, mixed, got 'regulr'"
+        with self.assertRaisesRegex(ValueError, message):
             MobiusGaugeCNN(mode="regulr")
         for bad in ("resnet", None, ["mobius_regular"]):
-            with self.assertRaisesRegex(ValueError, f"{', '.join(MODELS)}, got {re.escape(repr(bad))}"):
+            message = f"{', '.join(MODELS)}, got {re.escape(repr(bad))}"
+            with self.assertRaisesRegex(ValueError, message):
                 build_model(bad)
 
     def test_weights_travel(self):
@@ -898,7 +989,8 @@ class TestModels(Case):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 logits = model(x)
             self.assertTrue(logits.isfinite().all())
-            # Without a trained b, sign-flip fields are linear, and small differences of large values remain at the end.
+            # Without a trained b, sign-flip fields are linear, and small differences of large
+            # values remain at the end.
             self.assertLess((logits.float() - model(x)).norm(), 0.25 * model(x).norm(), name)
 
     def test_compile(self):
@@ -919,13 +1011,16 @@ class TestModels(Case):
 
 
 def real_digits(n: int) -> torch.Tensor:
-    """scikit-learn's digits on their strips, ``(n, 1, 28, 28)``. Most of a strip is blank: noise would hide what goes
-    wrong there, where values are 0 up to rounding."""
+    """scikit-learn's digits on their strips, ``(n, 1, 28, 28)``.
+
+    Most of a strip is blank: noise would hide what goes wrong there, where values are 0 up to
+    rounding.
+    """
     return convert_mnist.load_digits()[0].images[:n]
 
 
 class TestInvariance(Case):
-    """Logits of networks with random biases, for digits and noise moved by the isometries of the strip."""
+    """Logits of networks with random biases, for digits and noise moved by isometries."""
 
     def setUp(self):
         torch.manual_seed(0)
@@ -938,7 +1033,11 @@ class TestInvariance(Case):
 
     @staticmethod
     def changes(network, dtype, shifts) -> torch.Tensor:
-        """How far logits are from the median over the shifts, relative to the largest: ``(shifts, images)``."""
+        """How far logits are from their median over the shifts, relative to the largest.
+
+        Returns:
+            ``(shifts, images)``.
+        """
         images = torch.cat([real_digits(2), torch.rand(1, 1, 28, 28)]).to(dtype)
         with torch.no_grad():
             logits = network(torch.cat([isometry_action(images, t, (1, 0, 0)) for t in shifts]))
@@ -986,7 +1085,8 @@ class TestInvariance(Case):
     def test_without_rounding_the_sign_breaks_it(self):
         """Negative control: sign(x) of noise."""
         with mock.patch.object(fields_module, "ROUNDING", 0):
-            for mode, pooling, network in self.networks(DOUBLE, modes=("signflip", "irrep", "mixed")):
+            modes = ("signflip", "irrep", "mixed")
+            for mode, pooling, network in self.networks(DOUBLE, modes=modes):
                 with self.subTest(mode=mode, pooling=pooling), self.assertRaises(AssertionError):
                     self.assertInvariant(network, pooling, DOUBLE, every=5)
 
@@ -1004,7 +1104,10 @@ class TestInvariance(Case):
 class TestExport(Case):
     def test_layers(self):
         for in_fields, out_fields, k in itertools.product(FIELDS, FIELDS, (1, 5)):
-            layer, x = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE)), features(in_fields, 6, 7)
+            layer, x = (
+                randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE)),
+                features(in_fields, 6, 7),
+            )
             exported = layer.export()
             self.assertEqual([type(m) for m in exported], [TransportPad, nn.Conv2d])
             self.assertClose(exported(x), layer(x))
@@ -1015,7 +1118,10 @@ class TestExport(Case):
 
     def test_models(self):
         for name in MODELS:
-            model, x = randomized_norms(build_model(name, dtype=DOUBLE)).eval(), torch.rand(16, 1, 28, 28, dtype=DOUBLE)
+            model, x = (
+                randomized_norms(build_model(name, dtype=DOUBLE)).eval(),
+                torch.rand(16, 1, 28, 28, dtype=DOUBLE),
+            )
             exported = export(model)
             kinds = {type(m) for m in exported.modules()}
             self.assertFalse({MobiusConv, MobiusConvNaive} & kinds)
@@ -1032,16 +1138,22 @@ class TestExport(Case):
         self.assertIsInstance(export(conv), nn.Sequential)
 
     def test_torch_export(self):
-        model, x = export(build_model("mobius_mixed", dtype=DOUBLE).eval()), torch.rand(3, 1, 28, 28, dtype=DOUBLE)
+        model, x = (
+            export(build_model("mobius_mixed", dtype=DOUBLE).eval()),
+            torch.rand(3, 1, 28, 28, dtype=DOUBLE),
+        )
         program = torch.export.export(model, (x,))
         self.assertClose(program.module()(x), model(x))
 
-    @unittest.skipUnless(find_spec("onnx") and find_spec("onnxruntime"), "onnx and onnxruntime are not installed")
+    @unittest.skipUnless(
+        find_spec("onnx") and find_spec("onnxruntime"), "onnx and onnxruntime are not installed"
+    )
     def test_onnx(self):
         import onnxruntime
 
         x = torch.rand(3, 1, 28, 28)
-        for pooling, dynamo in itertools.product(POOLINGS, (False, True) if find_spec("onnxscript") else (False,)):
+        exporters = (False, True) if find_spec("onnxscript") else (False,)
+        for pooling, dynamo in itertools.product(POOLINGS, exporters):
             model = export(build_model("mobius_mixed", pooling=pooling).eval())
             with tempfile.TemporaryDirectory() as folder:
                 path = str(Path(folder) / "model.onnx")

@@ -1,6 +1,7 @@
 """The same numbers in less time on a CPU.
 
-The formulas of the layers stand in `nn_layers.py` and `polyphase.py`; a function in here, its *twin*, computes the same:
+The formulas of the layers stand in `nn_layers.py` and `polyphase.py`; a function in here, its
+*twin*, computes the same:
 
     @accelerated(by=fast.pad_columns)
     def pad_columns(x, pad, fields): ...        # the formula
@@ -22,5 +23,6 @@ from fast.spectral import naive_conv, strip_conv
 
 __all__ = [
     "TWINS", "accelerated", "channels_last", "disabled", "equiv_elu", "keep_freed_memory",
-    "kept_without_gradients", "max_pool", "naive_conv", "pad_columns", "polyphase_pool", "strip_conv",
+    "kept_without_gradients", "max_pool", "naive_conv", "pad_columns", "polyphase_pool",
+    "strip_conv",
 ]

@@ -17,7 +17,8 @@ _enabled = ContextVar("fast.enabled", default=True)
 def accelerated(by: Callable) -> Callable:
     """Decorate a formula: its twin `by` stands in for it in an ordinary eager call on a CPU.
 
-    The twin takes the formula and then its arguments. It returns NotImplemented where it does not pay.
+    The twin takes the formula and then its arguments. It returns NotImplemented where it does not
+    pay.
     """
     def decorate(formula: Callable) -> Callable:
         @functools.wraps(formula)
@@ -48,8 +49,9 @@ def disabled():
 def is_plain(*args) -> bool:
     """Whether this is an ordinary eager call on ordinary CPU tensors.
 
-    It is not under torch.compile, torch.export, torch.jit.trace, torch.func transforms, forward-mode AD and dispatch
-    modes (fake tensors, FLOP counters), and for subclasses of Tensor: these look inside the computation.
+    It is not under torch.compile, torch.export, torch.jit.trace, torch.func transforms,
+    forward-mode AD and dispatch modes (fake tensors, FLOP counters), and for subclasses of Tensor:
+    these look inside the computation.
     """
     return not (
         torch.compiler.is_compiling()
@@ -66,26 +68,28 @@ def is_plain(*args) -> bool:
 
 
 def needs_formula(grad: Tensor) -> bool:
-    """In a backward pass: whether the gradient will itself be differentiated, or comes as a batch of gradients."""
+    """In a backward pass: whether `grad` will be differentiated, or is a batch of gradients."""
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def gradients(
     formula: Callable, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], grad: Tensor
 ) -> list[Tensor | None]:
-    """Autograd's gradients of ``formula(*inputs)`` for the inputs that are `needed`, None for the others."""
+    """Autograd's gradients of ``formula(*inputs)``, None for inputs that are not `needed`."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, since one input can depend on another, and that path is not this function's.
         inputs = [
-            None if x is None else x.view_as(x) if differentiable else x.detach().requires_grad_() for x in inputs
+            None if x is None else x.view_as(x) if differentiable else x.detach().requires_grad_()
+            for x in inputs
         ]
         wanted = [x for x, need in zip(inputs, needed) if need]
-        found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=differentiable))
+        y = formula(*inputs)
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=differentiable))
     return [next(found) if need else None for need in needed]
 
 
 def gradient_of_linear(formula: Callable, shape: torch.Size, grad: Tensor) -> Tensor:
-    """Autograd's gradient of a linear function of one tensor of this shape: it does not depend on the tensor."""
+    """Autograd's gradient of a linear function of one tensor: the same at every tensor."""
     zeros = torch.zeros(shape, dtype=grad.dtype, device=grad.device)
     return torch.func.vjp(formula, zeros)[1](grad)[0]

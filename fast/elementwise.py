@@ -55,15 +55,21 @@ def equiv_elu(formula: Callable, x: Tensor, b: Tensor, fields: Fields) -> Tensor
 
 
 class _EquivELU(Function):
-    """Keeps its input only. ELU is computed everywhere and replaced in sign-flip fields: whole feature maps are read
-    faster than some of their channels."""
+    """Keeps its input only.
+
+    ELU is computed everywhere and replaced in sign-flip fields: whole feature maps are read faster
+    than some of their channels.
+    """
 
     @staticmethod
     def _parts(b: Tensor, fields: Fields, *tensors: Tensor):
-        """b for each pixel, and the sign-flip channels of an eighth of the batch at a time: intermediate results stay
-        in the cache."""
+        """b for each pixel, and the sign-flip channels of an eighth of the batch at a time.
+
+        Intermediate results then stay in the cache.
+        """
         x = sign_channels(tensors[0], fields)
-        bias = torch.empty_like(x[:1]).copy_(b)  # broadcasting b alone takes 5 times as long in bfloat16
+        # In bfloat16, adding b itself takes 5 times as long.
+        bias = torch.empty_like(x[:1]).copy_(b)
         size = max(1, math.ceil(len(x) / 8))
         return bias, zip(*(sign_channels(x, fields).split(size) for x in tensors))
 
@@ -87,7 +93,10 @@ class _EquivELU(Function):
         if needs_formula(grad):
             return *gradients(ctx.formula, (x, b), ctx.needs_input_grad[:2], grad), None, None
         only_sign = ctx.fields.sign == ctx.fields.channels
-        grad_x = torch.empty_like(x) if only_sign else torch.ops.aten.elu_backward(grad, 1, 1, 1, False, x)
+        if only_sign:
+            grad_x = torch.empty_like(x)
+        else:
+            grad_x = torch.ops.aten.elu_backward(grad, 1, 1, 1, False, x)
         grad_b = torch.zeros_like(b)
         bias, parts = _EquivELU._parts(b, ctx.fields, x, grad, grad_x)
         for (x_sign, grad_sign, grad_x_sign), scale in zip(parts, scales):
@@ -104,7 +113,8 @@ class _EquivELU(Function):
 
 
 def max_pool(
-    formula: Callable, x: Tensor, fields: Fields, stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool
+    formula: Callable, x: Tensor, fields: Fields, stride: tuple[int, int],
+    padding: tuple[int, int], ceil_mode: bool,
 ) -> Tensor:
     if not fields.sign:
         return NotImplemented
@@ -112,26 +122,30 @@ def max_pool(
 
 
 class _MaxPool(Function):
-    """Keeps the index of the entry that won each window. As in `_EquivELU`, sign-flip fields are replaced."""
+    """Keeps the index of the entry that won each window."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, fields: Fields, stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool
+        ctx, x: Tensor, fields: Fields, stride: tuple[int, int], padding: tuple[int, int],
+        ceil_mode: bool,
     ) -> Tensor:
         pool = partial(
-            F.max_pool2d, kernel_size=2, stride=stride, padding=padding, ceil_mode=ceil_mode, return_indices=True
+            F.max_pool2d, kernel_size=2, stride=stride, padding=padding, ceil_mode=ceil_mode,
+            return_indices=True,
         )
         y, index = pool(x)
         negated_smallest, at_smallest = pool(-sign_channels(x, fields))
         y_sign, index_sign = sign_channels(y, fields), sign_channels(index, fields)
-        # index = at_smallest where the smallest entry wins; arithmetic is several times faster than where()
+        # index = at_smallest where the smallest entry wins; arithmetic is several times faster than
+        # where()
         index_sign += at_smallest.sub_(index_sign).mul_((y_sign - negated_smallest).signbit())
         magnitude = torch.maximum(y_sign, negated_smallest)
         sign = sign_beyond_rounding(y_sign - negated_smallest, largest_magnitude(magnitude))
         torch.mul(magnitude, sign, out=y_sign)
         ctx.save_for_backward(index, sign.square_())
         ctx.fields, ctx.alignment, ctx.shape = fields, (stride, padding, (1, 1), ceil_mode), x.shape
-        ctx.memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+        is_channels_last = x.stride(1) == 1
+        ctx.format = torch.channels_last if is_channels_last else torch.contiguous_format
         return y
 
     @staticmethod
@@ -140,9 +154,9 @@ class _MaxPool(Function):
         grad = grad.clone()
         sign_channels(grad, ctx.fields).mul_(is_not_zero)
         # Only the shape and the format of the input are read.
-        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
-        grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, (2, 2), *ctx.alignment, index)
-        return grad, None, None, None, None
+        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.format)
+        backward = torch.ops.aten.max_pool2d_with_indices_backward
+        return backward(grad, x, (2, 2), *ctx.alignment, index), None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,7 +164,7 @@ class _MaxPool(Function):
 
 
 def polyphase_pool(formula: Callable, x: Tensor, fields: Fields) -> Tensor:
-    """Where a gradient is recorded: choose, shift by -p, then pool. Otherwise both grids are there already."""
+    """With gradients to record, it shifts by -p and pools: cheaper to differentiate."""
     if x.shape[2] % 2:
         return NotImplemented
     even, odd = _both_grids(x.detach(), fields)
@@ -162,7 +176,7 @@ def polyphase_pool(formula: Callable, x: Tensor, fields: Fields) -> Tensor:
 
 
 def _both_grids(x: Tensor, fields: Fields) -> tuple[Tensor, Tensor]:
-    """Pooled in windows that begin at the even and at the odd columns, by comparisons of whole feature maps."""
+    """Pooled from the even and from the odd columns, by comparing whole feature maps."""
     x = torch.cat([x, cross_cut(x.narrow(3, 0, 1), fields)], dim=3)
 
     def of_windows(larger: Callable, x: Tensor) -> Tensor:

@@ -9,15 +9,17 @@ from torch import nn
 
 from fast.dispatch import is_plain
 
-_KEPT = weakref.WeakKeyDictionary()  # module -> (its parameters' values, what expand() made of them)
+_KEPT = weakref.WeakKeyDictionary()  # module -> (values of its parameters, result of expand())
 
 
 def kept_without_gradients(expand: Callable) -> Callable:
-    """Decorate a method that computes tensors from a module's parameters, named by its `parameter_names`.
+    """Decorate a method that computes tensors from a module's parameters, named by its
+    `parameter_names`.
 
-    While no gradient is recorded, it computes once for the same values of the parameters. Values are compared, since
-    version counters miss edits by ``.data`` and by NumPy; that is some hundred times cheaper than a convolution. What is kept
-    has a dictionary `derived`, for what else is computed from it.
+    While no gradient is recorded, it computes once for the same values of the parameters. Values
+    are compared, since version counters miss edits by ``.data`` and by NumPy; that is some hundred
+    times cheaper than a convolution. What is kept has a dictionary `derived`, for what else is
+    computed from it.
     """
     @functools.wraps(expand)
     def keeping(module: nn.Module):

@@ -20,10 +20,12 @@ def channels_last(images: Tensor) -> Tensor:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory, where it is the C library.
 
-    Each step takes the same hundred megabytes again. Returned to the system in between, they fault in page by page
+    Each step takes the same hundred megabytes again. Returned to the system in between, they fault
+    in page by page
     each time: 10 to 15 % of a step on the CPU.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older versions have a limit
+        # M_MMAP_THRESHOLD, of which older versions have a limit.
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

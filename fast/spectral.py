@@ -1,16 +1,19 @@
-"""The convolution on the strip in the Fourier basis of its width: the same numbers for a fraction of the arithmetic.
+"""The convolution on the strip in the Fourier basis of its width: the same numbers for a fraction
+of the arithmetic.
 
-Across the width a strip ends: there are W rows, and zeros beyond. Taken as part of a circle of N = 2F >= W + k//2
-rows, they are F pairs of coefficients, of cos(theta_f w) and sin(theta_f w) about the strip's centre line, with
-theta_f = pi (f + 1/2) / F. There a convolution across the width is a product, one for each frequency. What is left
+Across the width a strip ends: there are W rows, and zeros beyond. Taken as part of a circle of N =
+2F >= W + k//2 rows, they are F pairs of coefficients, of cos(theta_f w) and sin(theta_f w) about
+the strip's centre line, with theta_f = pi (f + 1/2) / F. There a convolution across the width is a
+product, one for each frequency. What is left
 is a convolution of k taps along the length: k multiplications where the plain formula has k².
 
-For a conventional kernel that product is complex. A steerable one makes it real, and that halves the work again.
-Write fields in irreps (a regular field is a trivial and a sign-flip one: the sum and the difference of its two
-channels). Kernels between irreps are symmetric or antisymmetric. A symmetric one multiplies the coefficients of
-frequency f by C_f = sum_v K(v) cos(theta_f v), an antisymmetric one turns cosines into sines with
-S_f = sum_v K(v) sin(theta_f v). So the coefficients fall into two halves that never mix, the even and the odd ones
-under the reflection of the strip (its shift by L):
+For a conventional kernel that product is complex. A steerable one makes it real, and that halves
+the work again. Write fields in irreps (a regular field is a trivial and a sign-flip one: the sum
+and the difference of its two channels). Kernels between irreps are symmetric or antisymmetric. A
+symmetric one multiplies the coefficients of frequency f by C_f = sum_v K(v) cos(theta_f v), an
+antisymmetric one turns cosines into sines with S_f = sum_v K(v) sin(theta_f v). So the coefficients
+fall into two halves that never mix, the even and the odd ones under the reflection of the strip
+(its shift by L):
 
     A_f = (cos of trivial, sin of sign-flip)    and    B_f = (sin of trivial, -cos of sign-flip),
 
@@ -19,7 +22,8 @@ and one real matrix acts on both of them:
     M_f = [ C_f(triv, triv)    S_f(sign, triv) ]
           [-S_f(triv, sign)    C_f(sign, sign) ]
 
-Crossing the cut reflects: A comes back as it is and B negated. That is the padding along the length.
+Crossing the cut reflects: A comes back as it is and B negated. That is the padding along the
+length.
 
 All tensors here are ``(N, C, W, L)`` in the memory format channels_last, on the CPU.
 Source of the kernels: arXiv:2106.06020, Section 5.3.3.
@@ -41,7 +45,8 @@ CHUNK = 32  # samples that are transformed at a time: their intermediate results
 
 
 def strip_conv(
-    formula: Callable, x: Tensor, kernel: Tensor, bias: Tensor | None, in_fields: Fields, out_fields: Fields
+    formula: Callable, x: Tensor, kernel: Tensor, bias: Tensor | None,
+    in_fields: Fields, out_fields: Fields,
 ) -> Tensor:
     """Twin of `nn_layers.strip_conv`, for kernels that are steerable."""
     return _conv(formula, x, kernel, bias, in_fields, out_fields)
@@ -52,7 +57,9 @@ def naive_conv(formula: Callable, x: Tensor, kernel: Tensor, bias: Tensor | None
     return _conv(formula, x, kernel, bias)
 
 
-def _conv(formula: Callable, x: Tensor, kernel: Tensor, bias: Tensor | None, *fields: Fields) -> Tensor:
+def _conv(
+    formula: Callable, x: Tensor, kernel: Tensor, bias: Tensor | None, *fields: Fields
+) -> Tensor:
     dtype = _compute_dtype(x, kernel)
     if dtype is None or not pays(x, *kernel.shape[::3]):
         return NotImplemented
@@ -60,13 +67,16 @@ def _conv(formula: Callable, x: Tensor, kernel: Tensor, bias: Tensor | None, *fi
 
 
 def pays(x: Tensor, out_channels: int, kernel_size: int) -> bool:
-    """Whether the convolution of `x` is faster here than by the formula. Measured on two AVX-512 cores:
+    """Whether the convolution of `x` is faster here than by the formula. Measured on two AVX-512
+    cores:
 
-    - The transforms read and write every channel a few times. That is bandwidth, and the convolution has to be large
-      enough to earn it: from 32 channels on either side (16 to 32 channels come out even), and k >= 5 (k = 3 has
-      9 multiplications to save from, k = 5 has 25).
-    - Frequencies are convolved side by side along the length and the batch; below 16 samples the vectors are short.
-    - The transforms are dense matrices, W multiplications for each value: a wide strip would need an FFT.
+    - The transforms read and write every channel a few times. That is bandwidth, and the
+      convolution has to be large enough to earn it: from 32 channels on either side (16 to 32
+      channels come out even), and k >= 5 (k = 3 has 9 multiplications to save from, k = 5 has 25).
+    - Frequencies are convolved side by side along the length and the batch; below 16 samples the
+    vectors are short.
+    - The transforms are dense matrices, W multiplications for each value: a wide strip would need
+    an FFT.
     """
     n, channels, width, length = x.shape
     return (
@@ -79,7 +89,7 @@ def pays(x: Tensor, out_channels: int, kernel_size: int) -> bool:
 
 
 def _compute_dtype(x: Tensor, kernel: Tensor) -> torch.dtype | None:
-    """The dtype in which conv2d would compute, under autocast too; None where it is not one for here."""
+    """The dtype in which conv2d would compute; None if it is not in `DTYPES`."""
     if torch.is_autocast_enabled("cpu") and torch.float64 not in (x.dtype, kernel.dtype):
         dtype = torch.get_autocast_dtype("cpu")
     else:
@@ -91,16 +101,19 @@ def _compute_dtype(x: Tensor, kernel: Tensor) -> torch.dtype | None:
 # Kernels
 
 
-def spectrum(kernel: Tensor, in_fields: Fields | None, out_fields: Fields | None, width: int) -> Tensor:
+def spectrum(
+    kernel: Tensor, in_fields: Fields | None, out_fields: Fields | None, width: int
+) -> Tensor:
     """The matrices of all frequencies.
 
     Args:
-        kernel: ``(C_out, C_in, k, k)``, steerable between the fields, or any kernel where they are None.
+        kernel: ``(C_out, C_in, k, k)``, steerable between the fields, or any kernel where they are
+        None.
         width: W of the strip.
 
     Returns:
-        M_f, ``(F, C_out, C_in, k)``, channels in the order of irreps, trivial before sign-flip; for any kernel the
-        complex products as real matrices, ``(F, 2 C_out, 2 C_in, k)``.
+        M_f, ``(F, C_out, C_in, k)``, channels in the order of irreps, trivial before sign-flip; for
+        any kernel the complex products as real matrices, ``(F, 2 C_out, 2 C_in, k)``.
     """
     if in_fields is None:
         cosine, sine = _transform(kernel, width)
@@ -109,21 +122,32 @@ def spectrum(kernel: Tensor, in_fields: Fields | None, out_fields: Fields | None
     columns = split_types(torch.cat([kernel[:scalars], kernel[scalars::2]]), in_fields)
     triv, sign = [columns.get("triv")], [columns.get("sign")]
     if "reg" in columns:
-        # x1 = (t + s) / 2 and x2 = (t - s) / 2 for the sum t and the difference s of a field's two channels.
+        # x1 = (t + s) / 2 and x2 = (t - s) / 2 for the sum t and the difference s of a field's two
+        # channels.
         first, second = (columns["reg"] / 2).unflatten(1, (-1, 2)).unbind(2)
         triv.append(first + second)
         sign.append(first - second)
     irreps = torch.cat([block for block in (*triv, *sign) if block is not None], dim=1)
     n_triv = in_fields.triv + in_fields.reg
-    # The first channel of a regular field is t' + s': its symmetric part maps to t', its antisymmetric part to s',
-    # and the cosine and the sine transform pick out these two.
-    (c_triv, c_sign, c_reg), (s_triv, s_sign, s_reg) = (part.split(tuple(out_fields), 1) for part in _transform(irreps, width))
-    upper = torch.cat([torch.cat([c_triv, c_reg], 1)[:, :, :n_triv], torch.cat([s_triv, s_reg], 1)[:, :, n_triv:]], 2)
-    lower = torch.cat([-torch.cat([s_sign, s_reg], 1)[:, :, :n_triv], torch.cat([c_sign, c_reg], 1)[:, :, n_triv:]], 2)
-    return torch.cat([upper, lower], 1)
+    # The first channel of a regular field is t' + s': its symmetric part maps to t', its
+    # antisymmetric part to s', and the cosine and the sine transform pick out these two.
+    cosine, sine = _transform(irreps, width)
+    c_triv, c_sign, c_reg = cosine.split(tuple(out_fields), 1)
+    s_triv, s_sign, s_reg = sine.split(tuple(out_fields), 1)
+
+    def block(scalar: Tensor, regular: Tensor, columns: slice) -> Tensor:
+        return torch.cat([scalar, regular], 1)[:, :, columns]
+
+    from_triv, from_sign = slice(n_triv), slice(n_triv, None)
+    upper = [block(c_triv, c_reg, from_triv), block(s_triv, s_reg, from_sign)]
+    lower = [-block(s_sign, s_reg, from_triv), block(c_sign, c_reg, from_sign)]
+    return torch.cat([torch.cat(upper, 2), torch.cat(lower, 2)], 1)
 
 
-def _kept_spectrum(kernel: Tensor, in_fields: Fields | None, out_fields: Fields | None, width: int, dtype: torch.dtype) -> Tensor:
+def _kept_spectrum(
+    kernel: Tensor, in_fields: Fields | None, out_fields: Fields | None, width: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """`spectrum` in `dtype`, computed once for a kernel of `kept_without_gradients`."""
     derived = getattr(kernel, "derived", {})
     key = width, dtype
@@ -135,7 +159,7 @@ def _kept_spectrum(kernel: Tensor, in_fields: Fields | None, out_fields: Fields 
 
 
 def _transform(kernel: Tensor, width: int) -> Tensor:
-    """``(o, i, k, k)`` to sum_v K(v) cos(theta_f v) and sum_v K(v) sin(theta_f v), ``(2, F, o, i, k)``."""
+    """The sums of K(v) cos(theta_f v) and of K(v) sin(theta_f v), ``(2, F, o, i, k)``."""
     o, i, k, _ = kernel.shape
     theta = _frequencies(width, k)
     offset = torch.arange(k, dtype=torch.float64, device="cpu") - k // 2
@@ -150,9 +174,9 @@ def _frequencies(width: int, kernel_size: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a tensor born in inference mode could not take part in autograd later
+@torch.inference_mode(False)  # tensors made in inference mode cannot take part in autograd later
 def _basis(width: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
-    """Cosines, sines, and a row of ones for the bias: ``(2 F + 1, W)``. Orthonormal columns but for the ones."""
+    """Cosines, sines, and a row of ones for the bias, ``(2 F + 1, W)``."""
     position = torch.arange(width, dtype=torch.float64, device="cpu") - (width - 1) / 2
     phase = _frequencies(width, kernel_size)[:, None] * position
     waves = torch.cat([phase.cos(), phase.sin()]) / math.sqrt(len(phase))
@@ -160,8 +184,9 @@ def _basis(width: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# The order of channels inside this file is planar: the first channels of all regular fields, then the second
-# ones. Sums and differences of the two then read and write memory in order, several times faster.
+# The order of channels inside this file is planar: the first channels of all regular fields, then
+# the second ones. Sums and differences of the two then read and write memory in order, several
+# times faster.
 
 
 def _to_planar(x: Tensor, fields: Fields | None) -> Tensor:
@@ -185,13 +210,14 @@ def _from_planar(planar: Tensor, fields: Fields | None, out: Tensor) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The two halves of the coefficients are stored as (F, 2, L, N, C): for each frequency a batch of two "images" of
-# L x N pixels, which the convolution along the length reads row after row. A conventional kernel mixes cosines and
-# sines, so that both are channels of one image: (F, 1, L, N, 2 C).
+# The two halves of the coefficients are stored as (F, 2, L, N, C): for each frequency a batch of
+# two "images" of L x N pixels, which the convolution along the length reads row after row. A
+# conventional kernel mixes cosines and sines, so that both are channels of one image: (F, 1, L, N,
+# 2 C).
 
 
 def _split_coefficients(spectrum: Tensor, fields: Fields | None) -> tuple[Tensor, ...]:
-    """Views ``(F, L, N, …)`` of the coefficients ``(N, 2, F, L, C)`` of planar channels: cosines, then sines."""
+    """Views ``(F, L, N, …)`` of coefficients ``(N, 2, F, L, C)``: cosines, then sines."""
     cosine, sine = spectrum.permute(1, 2, 3, 0, 4)
     if fields is None:
         return cosine, sine
@@ -207,7 +233,9 @@ def _split_halves(halves: Tensor, fields: Fields | None) -> tuple[Tensor, ...]:
     return *halves.select(-4, 0).split(sizes, dim=-1), *halves.select(-4, 1).split(sizes, dim=-1)
 
 
-def _to_halves(coefficients: tuple[Tensor, ...], halves: tuple[Tensor, ...], fields: Fields | None) -> None:
+def _to_halves(
+    coefficients: tuple[Tensor, ...], halves: tuple[Tensor, ...], fields: Fields | None
+) -> None:
     """Write the split halves from the split coefficients."""
     if fields is None:
         for half, coefficient in zip(halves, coefficients):
@@ -228,7 +256,9 @@ def _to_halves(coefficients: tuple[Tensor, ...], halves: tuple[Tensor, ...], fie
         torch.sub(c_second, c_first, out=b_difference)
 
 
-def _from_halves(halves: tuple[Tensor, ...], coefficients: tuple[Tensor, ...], fields: Fields | None) -> None:
+def _from_halves(
+    halves: tuple[Tensor, ...], coefficients: tuple[Tensor, ...], fields: Fields | None
+) -> None:
     """The transpose of `_to_halves`."""
     if fields is None:
         for half, coefficient in zip(halves, coefficients):
@@ -250,7 +280,7 @@ def _from_halves(halves: tuple[Tensor, ...], coefficients: tuple[Tensor, ...], f
 
 
 def _over_cut_(columns: Tensor, fields: Fields | None) -> Tensor:
-    """Negate what changes its sign over the cut: B, or of a conventional kernel's channels the sines."""
+    """Negate what changes its sign across the cut: B, or a conventional kernel's sines."""
     (columns.select(-4, 1) if fields is not None else columns.chunk(2, dim=-1)[1]).neg_()
     return columns
 
@@ -263,7 +293,7 @@ def _pad_(halves: Tensor, pad: int, fields: Fields | None) -> None:
 
 
 def _fold_(halves: Tensor, pad: int, fields: Fields | None) -> Tensor:
-    """The transpose of `_pad_`: add the outer columns to the inner ones, and return the inner ones."""
+    """The transpose of `_pad_`: add the outer columns to the inner ones, and return these."""
     length = halves.shape[-3] - 2 * pad
     for outer, inner in ((0, length), (length + pad, pad)) if pad else ():
         halves.narrow(-3, inner, pad).add_(_over_cut_(halves.narrow(-3, outer, pad), fields))
@@ -278,9 +308,12 @@ def _analyse(x: Tensor, basis: Tensor, pad: int, fields: Fields | None) -> Tenso
     halves = x.new_empty(half, images, length + 2 * pad, n, group)
     inner = halves.narrow(2, pad, length)
     for part, target in zip(x.split(CHUNK), inner.split(CHUNK, dim=3)):
-        coefficients = torch.matmul(basis[:2 * half], _to_planar(part, fields).reshape(len(part), width, -1))
+        rows = _to_planar(part, fields).reshape(len(part), width, -1)
+        coefficients = torch.matmul(basis[:2 * half], rows)
         coefficients = coefficients.view(len(part), 2, half, length, channels)
-        _to_halves(_split_coefficients(coefficients, fields), _split_halves(target, fields), fields)
+        _to_halves(
+            _split_coefficients(coefficients, fields), _split_halves(target, fields), fields
+        )
     _pad_(halves, pad, fields)
     return halves
 
@@ -291,11 +324,15 @@ class _Synthesis:
     It takes one frequency after the other: what was just convolved is still in the cache.
     """
 
-    def __init__(self, n: int, length: int, channels: int, basis: Tensor, fields: Fields | None, bias: Tensor | None = None):
+    def __init__(
+        self, n: int, length: int, channels: int, basis: Tensor, fields: Fields | None,
+        bias: Tensor | None = None,
+    ) -> None:
         self.fields, half = fields, len(basis) // 2
         self.basis = basis[:2 * half + (bias is not None)]
         self.spectrum = basis.new_empty(n, len(self.basis), length, channels)
-        coefficients = _split_coefficients(self.spectrum[:, :2 * half].unflatten(1, (2, half)), fields)
+        waves = self.spectrum[:, :2 * half].unflatten(1, (2, half))
+        coefficients = _split_coefficients(waves, fields)
         self.coefficients = list(zip(*(part.unbind(0) for part in coefficients)))
         if bias is not None:
             self.spectrum[:, -1] = _to_planar(bias, fields)
@@ -309,16 +346,19 @@ class _Synthesis:
         n, _, length, channels = self.spectrum.shape
         y = self.spectrum.new_empty(n, self.basis.shape[1], length, channels)
         for part, out in zip(self.spectrum.split(CHUNK), y.split(CHUNK)):
-            _from_planar(torch.matmul(self.basis.t(), part.flatten(2)).view_as(out), self.fields, out)
+            planar = torch.matmul(self.basis.t(), part.flatten(2)).view_as(out)
+            _from_planar(planar, self.fields, out)
         return y.permute(0, 3, 1, 2)
 
 
 class _SpectralConv(torch.autograd.Function):
-    """Only input, kernel and bias are kept for the gradient: the halves are cheap to compute again."""
+    """Keeps input, kernel and bias: the halves are cheap to compute again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, kernel: Tensor, bias: Tensor | None, formula: Callable, in_fields: Fields | None,
-                out_fields: Fields | None):
+    def forward(
+        ctx, x: Tensor, kernel: Tensor, bias: Tensor | None, formula: Callable,
+        in_fields: Fields | None, out_fields: Fields | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, kernel, bias)
         ctx.formula, ctx.fields = formula, (in_fields, out_fields)
         n, _, width, length = x.shape
@@ -327,9 +367,11 @@ class _SpectralConv(torch.autograd.Function):
             matrices = _kept_spectrum(kernel, in_fields, out_fields, width, x.dtype)
             basis = _basis(width, k, x.dtype)
             halves = _analyse(x.permute(0, 2, 3, 1), basis, k // 2, in_fields)
-            synthesis = _Synthesis(n, length, c_out, basis, out_fields, None if bias is None else bias.to(x.dtype))
-            for f, (image, taps) in enumerate(zip(halves.permute(0, 1, 4, 2, 3).unbind(0), matrices.unsqueeze(4).unbind(0))):
-                synthesis.write(f, F.conv2d(image, taps).permute(0, 2, 3, 1))
+            bias = None if bias is None else bias.to(x.dtype)
+            synthesis = _Synthesis(n, length, c_out, basis, out_fields, bias)
+            for f, taps in enumerate(matrices):
+                image = F.conv2d(halves[f].permute(0, 3, 1, 2), taps.unsqueeze(3))
+                synthesis.write(f, image.permute(0, 2, 3, 1))
             return synthesis.result()
 
     @staticmethod
@@ -341,14 +383,18 @@ class _SpectralConv(torch.autograd.Function):
                 fields = () if ctx.fields[0] is None else ctx.fields
 
                 def conv(x, kernel, bias):
-                    return ctx.formula(x, kernel.to(x.dtype), None if bias is None else bias.to(x.dtype), *fields)
+                    bias = None if bias is None else bias.to(x.dtype)
+                    return ctx.formula(x, kernel.to(x.dtype), bias, *fields)
 
                 return *gradients(conv, (x, kernel, bias), needs, grad), None, None, None
             grad_bias = grad.sum(dim=(0, 2, 3), dtype=bias.dtype) if needs[2] else None
             return *_gradients(x, kernel, grad, needs, *ctx.fields), grad_bias, None, None, None
 
 
-def _gradients(x: Tensor, kernel: Tensor, grad: Tensor, needs, in_fields: Fields | None, out_fields: Fields | None):
+def _gradients(
+    x: Tensor, kernel: Tensor, grad: Tensor, needs: tuple[bool, ...],
+    in_fields: Fields | None, out_fields: Fields | None,
+) -> tuple[Tensor | None, Tensor | None]:
     """Of input and kernel."""
     n, _, width, length = x.shape
     c_out, c_in, _, k = kernel.shape
@@ -361,25 +407,33 @@ def _gradients(x: Tensor, kernel: Tensor, grad: Tensor, needs, in_fields: Fields
     halves = _analyse(x.permute(0, 2, 3, 1), basis, k // 2, in_fields)
     synthesis = _Synthesis(n, length, c_in, basis, in_fields) if needs[0] else None
     grad_matrices = torch.empty_like(matrices) if needs[1] else None
-    # oneDNN's kernel gradient in float32 has half its usual speed for k taps. With many channels, k shifted
-    # copies side by side and a convolution of one tap win.
+    # oneDNN's kernel gradient in float32 has half its usual speed for k taps. With many channels, k
+    # shifted copies side by side and a convolution of one tap win.
     by_copies = needs[1] and x.dtype == torch.float32 and min(taps.shape[1:3]) >= 32
     for f in range(len(taps)):
+        images = grad_y[f].permute(0, 3, 1, 2), halves[f].permute(0, 3, 1, 2)
         grad_image, grad_taps, _ = torch.ops.aten.convolution_backward(
-            grad_y[f].permute(0, 3, 1, 2), halves[f].permute(0, 3, 1, 2), taps[f].unsqueeze(3), None,
-            [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [needs[0], needs[1] and not by_copies, False],
+            *images, taps[f].unsqueeze(3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+            [needs[0], needs[1] and not by_copies, False],
         )
         if needs[0]:
             synthesis.write(f, _fold_(grad_image.permute(0, 2, 3, 1), k // 2, in_fields))
         if needs[1]:
-            grad_matrices[f] = _taps_gradient(halves[f], grad_y[f], k) if by_copies else grad_taps.squeeze(3)
+            if by_copies:
+                grad_taps = _taps_gradient(halves[f], grad_y[f], k).unsqueeze(3)
+            grad_matrices[f] = grad_taps.squeeze(3)
     grad_x = synthesis.result() if needs[0] else None
     grad_kernel = torch.autograd.grad(matrices, kernel, grad_matrices)[0] if needs[1] else None
     return grad_x, grad_kernel
 
 
 def _taps_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
-    """The kernel gradient ``(o, i, k)`` of a convolution of k taps from ``(b, L + k - 1, N, i)`` to ``(b, L, N, o)``."""
+    """The kernel gradient ``(o, i, k)`` of a convolution of k taps.
+
+    Args:
+        x: input ``(images, L + k - 1, N, i)``.
+        grad: gradient of the output ``(images, L, N, o)``.
+    """
     images, length, n, o = grad.shape
     i = x.shape[3]
     if i <= o:
@@ -393,9 +447,13 @@ def _taps_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """The sum over all pixels of ``(…, i)`` times ``(…, o)``, as the kernel gradient of a 1 x 1 convolution: ``(o, i)``."""
+    """The sum over all pixels of ``(…, i)`` times ``(…, o)``, ``(o, i)``.
+
+    It is the kernel gradient of a 1 x 1 convolution.
+    """
     i, o = left.shape[3], right.shape[3]
     images = [side.view(1, -1, *side.shape[2:]).permute(0, 3, 1, 2) for side in (right, left)]
     return torch.ops.aten.convolution_backward(
-        *images, left.new_empty(o, i, 1, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+        *images, left.new_empty(o, i, 1, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+        [False, True, False],
     )[1].view(o, i)

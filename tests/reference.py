@@ -28,7 +28,8 @@ def channels(fields) -> int:
 def rho_matrix(fields) -> torch.Tensor:
     """rho(s) as a matrix, written out."""
     triv, sign, reg = fields
-    blocks = [torch.ones(1, 1)] * triv + [-torch.ones(1, 1)] * sign + [torch.tensor([[0.0, 1.0], [1.0, 0.0]])] * reg
+    swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    blocks = [torch.ones(1, 1)] * triv + [-torch.ones(1, 1)] * sign + [swap] * reg
     return torch.block_diag(*blocks).to(DOUBLE)
 
 
@@ -38,7 +39,7 @@ def act(fields, x: torch.Tensor) -> torch.Tensor:
 
 
 def reference_cover(x: torch.Tensor, fields, first: int, last: int) -> torch.Tensor:
-    """Columns first … last - 1 of the field continued over the cut in both directions, one by one."""
+    """Columns first … last - 1 of the field continued over the cut both ways, one by one."""
     length = x.shape[3]
     columns = []
     for column in range(first, last):
@@ -58,7 +59,9 @@ def on_blank_strip(fields, width: int, length: int, n: int = 2, dtype=DOUBLE) ->
     The background is 0 in sign-flip fields and has equal channels in regular ones.
     """
     triv, sign, reg = fields
-    background = [0.1 * torch.rand(triv), torch.zeros(sign), 0.1 * torch.rand(reg).repeat_interleave(2)]
+    background = [
+        0.1 * torch.rand(triv), torch.zeros(sign), 0.1 * torch.rand(reg).repeat_interleave(2),
+    ]
     stroke = torch.rand(n, 1, width, length) < 0.3
     x = features(fields, width, length, n, dtype)
     return torch.where(stroke, x, torch.cat(background).to(dtype)[:, None, None])
@@ -83,7 +86,7 @@ def randomized(module: nn.Module) -> nn.Module:
 
 
 def randomized_norms(model: nn.Module) -> nn.Module:
-    """Batch normalisation as after training, and parameters that are not at their special initial values."""
+    """Batch normalisation as after training, and biases away from their initial values."""
     for name, parameter in model.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter, std=0.1)

@@ -27,10 +27,22 @@ ROOT = Path(__file__).resolve().parents[1]
 COUNTS = collections.Counter()  # of what was survived
 
 ROWS = [
-    {"run": "a", "model": "cnn_same_channels", "settings": {}, "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [float(1 + shift) for shift in range(56)]},
-    {"run": "b", "model": "cnn_same_channels", "settings": {}, "train_mode": "centered", "seed": 1, "sha256": "0", "errors": [float(3 + shift) for shift in range(56)]},
-    {"run": "c", "model": "mobius_regular", "settings": {}, "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [1.25] * 56},
-    {"run": "d", "model": "mobius_regular", "settings": {"pooling": "polyphase"}, "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [1.5] * 56},
+    {
+        "run": "a", "model": "cnn_same_channels", "settings": {}, "train_mode": "centered",
+        "seed": 0, "sha256": "0", "errors": [float(1 + shift) for shift in range(56)],
+    },
+    {
+        "run": "b", "model": "cnn_same_channels", "settings": {}, "train_mode": "centered",
+        "seed": 1, "sha256": "0", "errors": [float(3 + shift) for shift in range(56)],
+    },
+    {
+        "run": "c", "model": "mobius_regular", "settings": {}, "train_mode": "centered",
+        "seed": 0, "sha256": "0", "errors": [1.25] * 56,
+    },
+    {
+        "run": "d", "model": "mobius_regular", "settings": {"pooling": "polyphase"},
+        "train_mode": "centered", "seed": 0, "sha256": "0", "errors": [1.5] * 56,
+    },
 ]
 ROWS = [row | {"predictions": 560, "changed": 0} for row in ROWS]
 
@@ -55,14 +67,15 @@ class Case(unittest.TestCase):
 
     def assertClose(self, actual, expected, tolerance=TOLERANCE, message=None):
         self.assertEqual(actual.shape, expected.shape, message)
-        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=message and (lambda m: f"{message}\n{m}"))
+        msg = message and (lambda m: f"{message}\n{m}")
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=msg)
 
     def assertNotClose(self, actual, expected, message=None):
         self.assertEqual(actual.shape, expected.shape, message)
         self.assertGreater((actual - expected).abs().max().item(), 1e-3, message)
 
     def assertIsometryEquivariant(self, layer, in_fields, out_fields, width, length, step=1):
-        """Under every shift by a multiple of `step`, where a shift of the output is that of the input / step."""
+        """Under shifts by multiples of `step`; the output moves by the shift / step."""
         for make in (features, on_blank_strip):
             x = make(in_fields, width, length)
             y = layer(rounded(x))
@@ -90,7 +103,10 @@ class FilesCase(Case):
         self.folder = Path(folder.name)
 
     def assertFails(self, main, *arguments, contains=(), status=2):
-        """`main` exits with `status` and one line on stderr that has all of `contains`; returns the line."""
+        """`main` exits with `status` and one line on stderr, which has all of `contains`.
+
+        Returns the line.
+        """
         stderr = io.StringIO()
         with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
             with self.assertRaises(SystemExit) as exit:
@@ -104,7 +120,10 @@ class FilesCase(Case):
         return printed
 
     def files(self):
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for path in self.folder.rglob("*") if path.is_file()
+        }
 
 
 @contextlib.contextmanager
@@ -136,15 +155,17 @@ def write_npz(path: Path, n_train: int = 64, n_test: int = 32, **changes) -> Pat
             with np.load(convert_mnist.convert("digits", Path(folder) / "digits.npz")) as npz:
                 write_npz.arrays = dict(npz)
     sizes = {"train": n_train, "test": n_test}
-    arrays = {key: array[:sizes[key.split("_")[0]]] for key, array in write_npz.arrays.items()} | changes
+    small = {key: array[:sizes[key.split("_")[0]]] for key, array in write_npz.arrays.items()}
+    arrays = small | changes
     np.savez(path, **{key: array for key, array in arrays.items() if array is not None})
     return path
 
 
 class Zygote:
-    """A process that has imported everything and forks one child for each command: as a fresh Python, but seconds faster.
+    """A process that has imported everything and forks one child for each command.
 
-    `start` returns a pid, `wait` the exit status and what was printed; a child may be killed meanwhile.
+    A child is like a fresh Python, but seconds faster. `start` returns its pid, `wait` its exit
+    status and what it printed; it may be killed meanwhile.
     """
 
     CODE = """
@@ -162,7 +183,8 @@ for line in sys.stdin:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2)
         faulthandler.register(signal.SIGUSR1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup and in some CI it is ignored
+        # Under nohup and in some CI it is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         status = 0
         try:
             sys.modules[module].main(arguments)
@@ -181,10 +203,13 @@ for line in sys.stdin:
     @classmethod
     def start(cls, module, arguments, output, **environment) -> int:
         if cls._process is None:
-            cls._process = subprocess.Popen([sys.executable, "-c", cls.CODE], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            cls._process = subprocess.Popen(
+                [sys.executable, "-c", cls.CODE], cwd=ROOT, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
             unittest.addModuleCleanup(cls._stop)
-        cls._process.stdin.write(json.dumps([module, list(map(str, arguments)), environment, str(output)]) + "\n")
+        command = [module, list(map(str, arguments)), environment, str(output)]
+        cls._process.stdin.write(json.dumps(command) + "\n")
         cls._process.stdin.flush()
         return int(cls._process.stdout.readline())
 
@@ -203,7 +228,10 @@ for line in sys.stdin:
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
-                printed, _, status = Path(output).read_text().rpartition("\nexit ") if Path(output).exists() else ("", "", "")
+                printed, _, status = (
+                    Path(output).read_text().rpartition("\nexit ")
+                    if Path(output).exists() else ("", "", "")
+                )
                 return (int(status) if status.lstrip("-").isdigit() else None), printed
             time.sleep(0.01)
         os.kill(pid, signal.SIGUSR1)  # tells where it is
@@ -223,13 +251,19 @@ class RunsCase(FilesCase):
         self.logs = self.folder / "logs"
 
     def config(self, **options):
-        options = {"model": "mobius_regular", "num_epochs": 2, "batch_size": self.BATCH, "data": str(self.data), "device": "cpu",
-                   "log_dir": str(self.logs), "tensorboard": False} | options
+        options = {
+            "model": "mobius_regular", "num_epochs": 2, "batch_size": self.BATCH,
+            "data": str(self.data), "device": "cpu", "log_dir": str(self.logs),
+            "tensorboard": False,
+        } | options
         return train.Config(**options)
 
     def options(self, *more):
-        return ["--model", "mobius_regular", "--data", self.data, "--log_dir", self.logs, "--num_epochs", "2",
-                "--batch_size", self.BATCH, "--device", "cpu", "--no-tensorboard", *more]
+        return [
+            "--model", "mobius_regular", "--data", self.data, "--log_dir", self.logs,
+            "--num_epochs", "2", "--batch_size", self.BATCH, "--device", "cpu", "--no-tensorboard",
+            *more,
+        ]
 
     def finish(self, config, folder=None, stop_after=None):
         """Train a run, to the end or up to an epoch; returns its folder."""
@@ -251,7 +285,11 @@ class RunsCase(FilesCase):
         """The same weights, optimizer, random states and metrics, bit for bit."""
         for file in ("weights.pt", "checkpoint.pt"):
             if (expected / file).exists():
-                self.assertSameTree(torch.load(folder / file, weights_only=True), torch.load(expected / file, weights_only=True), file)
+                self.assertSameTree(
+                    torch.load(folder / file, weights_only=True),
+                    torch.load(expected / file, weights_only=True),
+                    file,
+                )
         stored = json.loads((folder / "result.json").read_text())
         other = json.loads((expected / "result.json").read_text())
         self.assertSameTree(stored, other, "result.json")
@@ -269,4 +307,5 @@ class RunsCase(FilesCase):
             for i, values in enumerate(zip(a, b)):
                 self.assertSameTree(*values, f"{path} {i}")
         else:
-            self.assertTrue(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, f"{path}: {a} and {b}")
+            same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+            self.assertTrue(same, f"{path}: {a} and {b}")

@@ -32,7 +32,10 @@ class TestBenchmark(FilesCase):
 
     def test_figures(self):
         out = self.folder / "new" / "benchmark.json"
-        options = ("--models", "mobius_regular", "--precision", "bf16", "--batch_size", 16, "--rounds", 2, "--device", "cpu", "--out", out)
+        options = (
+            "--models", "mobius_regular", "--precision", "bf16", "--batch_size", 16, "--rounds", 2,
+            "--device", "cpu", "--out", out,
+        )
         measure = benchmark.peak_memory
 
         def once(name, *arguments):  # each is a process of its own
@@ -53,32 +56,48 @@ class TestBenchmark(FilesCase):
                 figures = row[task]
                 self.assertGreater(figures["min_ms"], 0)
                 self.assertAlmostEqual(figures["images_per_second"], 16000 / figures["median_ms"])
-                self.assertAlmostEqual(figures["ratio"], figures["median_ms"] / rows[0][task]["median_ms"])
+                ratio = figures["median_ms"] / rows[0][task]["median_ms"]
+                self.assertAlmostEqual(figures["ratio"], ratio)
                 self.assertGreater(figures["matmul_share"], 0)
             self.assertGreater(row["peak_memory_mb"], 0)
-            self.assertAlmostEqual(row["memory_ratio"], row["peak_memory_mb"] / rows[0]["peak_memory_mb"])
+            ratio = row["peak_memory_mb"] / rows[0]["peak_memory_mb"]
+            self.assertAlmostEqual(row["memory_ratio"], ratio)
 
     def test_pooling(self):
         out = self.folder / "pooling.json"
-        with mock.patch("benchmark.keep_freed_memory"), mock.patch.object(MobiusPool, "_polyphase", autospec=True, side_effect=MobiusPool._polyphase) as used:
-            printed = self.run_main("--pooling", "--models", "mobius_regular", "--precision", "bf16", "--batch_size", 4, "--rounds", 2,
-                                    "--device", "cpu", "--out", out)
+        polyphase = mock.patch.object(
+            MobiusPool, "_polyphase", autospec=True, side_effect=MobiusPool._polyphase
+        )
+        with mock.patch("benchmark.keep_freed_memory"), polyphase as used:
+            printed = self.run_main(
+                "--pooling", "--models", "mobius_regular", "--precision", "bf16",
+                "--batch_size", 4, "--rounds", 2, "--device", "cpu", "--out", out,
+            )
         (row,) = json.loads(out.read_text())["rows"]
         self.assertEqual(used.call_count, 2 * 2 * 9)  # poolings, tasks, calls in three rounds
         for task in ("step", "infer"):
             figures = row[task]
-            self.assertAlmostEqual(figures["ratio"], figures["polyphase"]["median_ms"] / figures["fixed"]["median_ms"])
+            ratio = figures["polyphase"]["median_ms"] / figures["fixed"]["median_ms"]
+            self.assertAlmostEqual(figures["ratio"], ratio)
             self.assertIn(f"{figures['ratio']:.3f}", printed)
 
     def test_textbook_cnn(self):
         """cnn_same_channels but for the cut: the same shapes, parameters and arithmetic."""
         textbook, cnn = benchmark.TextbookCNN(), build_model("cnn_same_channels")
-        self.assertEqual([p.shape for p in textbook.parameters()], [p.shape for p in cnn.parameters()])
+        self.assertEqual(
+            [p.shape for p in textbook.parameters()], [p.shape for p in cnn.parameters()]
+        )
         self.assertEqual({type(m) for m in textbook.cnn}, {nn.Conv2d, nn.ELU, nn.MaxPool2d})
-        candidates = [benchmark.Candidate(name, "fp32", 2, torch.device("cpu")) for name in (benchmark.TEXTBOOK, "mobius_regular")]
-        sizes = ((1, 16, 28), (16, 32, 28), (32, 64, 14), (64, 128, 14), (128, 256, 7), (256, 64, 7))
+        candidates = [
+            benchmark.Candidate(name, "fp32", 2, torch.device("cpu"))
+            for name in (benchmark.TEXTBOOK, "mobius_regular")
+        ]
+        sizes = (
+            (1, 16, 28), (16, 32, 28), (32, 64, 14), (64, 128, 14), (128, 256, 7), (256, 64, 7),
+        )
         for candidate in candidates:
-            self.assertEqual(candidate.conv_flop(), sum(2 * 2 * i * o * 25 * s * s for i, o, s in sizes))
+            flop = sum(2 * 2 * i * o * 25 * s * s for i, o, s in sizes)
+            self.assertEqual(candidate.conv_flop(), flop)
 
     def test_bad_options(self):
         self.assertFails(benchmark.main, "--models", "resnet", contains="mobius_regular")
@@ -87,7 +106,9 @@ class TestBenchmark(FilesCase):
         self.assertFails(benchmark.main, "--out", self.folder, contains=str(self.folder))
         self.assertFails(benchmark.main, "--memory_of", "resnet", contains="textbook CNN")
         (self.folder / "file").write_text("")
-        self.assertFails(benchmark.main, "--out", self.folder / "file" / "b.json", contains="cannot write")
+        self.assertFails(
+            benchmark.main, "--out", self.folder / "file" / "b.json", contains="cannot write"
+        )
         if not torch.cuda.is_available():
             self.assertFails(benchmark.main, "--device", "cuda", contains="--device cpu")
         self.assertEqual(list(self.files()), ["file"])
@@ -96,7 +117,8 @@ class TestBenchmark(FilesCase):
         """What stood there before still stands there."""
         out = self.folder / "benchmark.json"
         out.write_text("before")
-        with mock.patch("benchmark.measure", side_effect=KeyboardInterrupt), self.assertRaises(SystemExit) as exit:
+        interrupted = mock.patch("benchmark.measure", side_effect=KeyboardInterrupt)
+        with interrupted, self.assertRaises(SystemExit) as exit:
             self.run_main("--out", out, "--device", "cpu")
         self.assertEqual(exit.exception.code, 130)
         self.assertEqual(self.files(), {"benchmark.json": b"before"})

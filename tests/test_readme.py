@@ -28,14 +28,25 @@ class TestReadme(FilesCase):
 
     def rows(self, first):
         """Cells of the table rows whose first cell is `first`."""
-        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in self.TEXT.splitlines() if line.startswith("|")]
+        table = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in self.TEXT.splitlines() if line.startswith("|")
+        ]
         return [row for row in table if row[0] == first]
 
     def test_commands(self):
-        setup = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python "
-        commands = [line for block in re.findall(r"```sh\n(.*?)```", self.TEXT, re.DOTALL) for line in block.splitlines()]
-        self.assertEqual(commands[:2], [setup + "train.py --model mobius_regular --dataset digits", setup + "unit_tests.py"])
-        modules = {f"{module.__name__}.py": module for module in (train, convert_mnist, benchmark, reproduce, visualize)}
+        setup = (
+            "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
+            ".venv/bin/python "
+        )
+        blocks = re.findall(r"```sh\n(.*?)```", self.TEXT, re.DOTALL)
+        commands = [line for block in blocks for line in block.splitlines()]
+        self.assertEqual(
+            commands[:2],
+            [setup + "train.py --model mobius_regular --dataset digits", setup + "unit_tests.py"],
+        )
+        scripts = (train, convert_mnist, benchmark, reproduce, visualize)
+        modules = {f"{module.__name__}.py": module for module in scripts}
         for command in commands[3:]:
             words = command.split("#")[0].split()
             if words[0] == "tensorboard":
@@ -55,8 +66,11 @@ class TestReadme(FilesCase):
         options = {action.dest for action in train.command_line()._actions}
         for module in (benchmark, reproduce):
             for action in module.command_line()._actions[1:]:
-                if (action.dest in ("memory_of", "models", "precision", "out") and module is benchmark
-                        or action.dest in options and module is reproduce):
+                if (
+                    action.dest in ("memory_of", "models", "precision", "out")
+                    and module is benchmark
+                    or action.dest in options and module is reproduce
+                ):
                     continue
                 names = ", ".join(f"`{name}`" for name in action.option_strings)
                 rows = self.rows(names)
@@ -67,14 +81,18 @@ class TestReadme(FilesCase):
 
     def test_parameters(self):
         for name, count in PARAMETERS.items():
-            (row,) = [row for row in self.rows(f"`{name}`") if len(row) == 4 and not row[1].startswith("`")]
+            rows = self.rows(f"`{name}`")
+            (row,) = [row for row in rows if len(row) == 4 and not row[1].startswith("`")]
             self.assertEqual(row[3], f"{count:,}")
             if name.startswith("mobius"):
                 base = MODES[name.removeprefix("mobius_")]
                 self.assertEqual(row[2], str(tuple(4 * m for m in base)))
 
     def test_files(self):
-        for link in (*re.findall(r"\]\(([^)#:]+)\)", self.TEXT), *re.findall(r'src(?:set)?="([^"]+)"', self.TEXT)):
+        for link in (
+            *re.findall(r"\]\(([^)#:]+)\)", self.TEXT),
+            *re.findall(r'src(?:set)?="([^"]+)"', self.TEXT),
+        ):
             self.assertTrue((ROOT / link).exists(), link)
         for path in ROOT.glob("*.py"):
             self.assertIn(f"]({path.name})", self.TEXT)
@@ -98,12 +116,16 @@ class TestReadme(FilesCase):
             self.assertEqual(result["status"], "finished", path)
             config = train.Config(**result["config"])
             self.assertEqual(run_name(config), path.stem)
-            groups.setdefault((config.dataset, config.model, config.train_mode, config.precision, config.sign_eps), []).append(result)
+            group = (
+                config.dataset, config.model, config.train_mode, config.precision, config.sign_eps,
+            )
+            groups.setdefault(group, []).append(result)
         for (dataset, model, train_mode, precision, sign_eps), results in groups.items():
             if precision == "bf16" or sign_eps:
                 continue  # in the table
             self.assertEqual(train_mode, "centered")
-            cells = [" ".join(row) for row in self.rows(f"`{model}`") if row[1] == {"mnist": "MNIST", "digits": "digits"}[dataset]]
+            shown = {"mnist": "MNIST", "digits": "digits"}[dataset]
+            cells = [" ".join(row) for row in self.rows(f"`{model}`") if row[1] == shown]
             self.assertEqual(len(cells), 1, f"{dataset} {model}")
             self.assertIn(", ".join(str(result["config"]["seed"]) for result in results), cells[0])
             for version in ("shifted", "centered"):
@@ -124,58 +146,97 @@ class TestReadme(FilesCase):
     def test_pooling_and_recipe(self):
         """The tables on polyphase pooling and on the recipe, from the files."""
         def cell(model, train_mode, version, runs, **options):
-            study = Study(reproduce.plan(runs, [model], [train_mode], {"precision": "bf16", **options}))
+            settings = {"precision": "bf16", **options}
+            study = Study(reproduce.plan(runs, [model], [train_mode], settings))
             return Cell(study, model, train_mode, version)
 
         def shown(cell):
-            return f"{cell.mean:.2f}" + (f" ± {cell.std:.2f}" if cell.n > 1 else "") + f" ({cell.n})"
+            spread = f" ± {cell.std:.2f}" if cell.n > 1 else ""
+            return f"{cell.mean:.2f}" + spread + f" ({cell.n})"
 
         for pooling in POOLINGS:
             (row,) = [row for row in self.rows("`mobius_regular`") if row[1] == f"`{pooling}`"]
-            self.assertEqual(row[2:], [shown(cell("mobius_regular", mode, "shifted", 3, pooling=pooling)) for mode in TRAIN_MODES])
+            expected = [
+                shown(cell("mobius_regular", mode, "shifted", 3, pooling=pooling))
+                for mode in TRAIN_MODES
+            ]
+            self.assertEqual(row[2:], expected)
         for recipe in RECIPES:
             (row,) = self.rows(f"`--recipe {recipe}`")
-            of_recipe = [cell("mobius_regular", "centered", version, 5, recipe=recipe) for version in ("shifted", "centered")]
-            self.assertEqual(row[1:], [*map(shown, of_recipe), ", ".join(f"{error:.2f}" for error in of_recipe[0].errors)])
-            configs = reproduce.plan(5, ["mobius_regular"], ["centered"], {"precision": "bf16", "recipe": recipe})
+            of_recipe = [
+                cell("mobius_regular", "centered", version, 5, recipe=recipe)
+                for version in ("shifted", "centered")
+            ]
+            errors = ", ".join(f"{error:.2f}" for error in of_recipe[0].errors)
+            self.assertEqual(row[1:], [*map(shown, of_recipe), errors])
+            options = {"precision": "bf16", "recipe": recipe}
+            configs = reproduce.plan(5, ["mobius_regular"], ["centered"], options)
             for config in Study(configs).finished():
                 name = run_name(config)  # which a recipe of other settings could bear too
                 self.assertEqual(Study([config]).result(config)["status"], "finished", name)
         for row in json.loads((ROOT / "results" / "error_against_shift.json").read_text())["rows"]:
             settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
-            (cells,) = [cells for cells in self.rows(f"`{row['model']}`") if cells[1] == str(row["seed"]) and cells[2] == settings]
-            self.assertEqual(cells[3:], [f"{row['changed']:,} of {row['predictions']:,}", consistency(row),
-                                         f"{min(row['errors']):.2f} … {max(row['errors']):.2f} %"])
+            (cells,) = [
+                cells for cells in self.rows(f"`{row['model']}`")
+                if cells[1] == str(row["seed"]) and cells[2] == settings
+            ]
+            expected = [
+                f"{row['changed']:,} of {row['predictions']:,}",
+                consistency(row),
+                f"{min(row['errors']):.2f} … {max(row['errors']):.2f} %",
+            ]
+            self.assertEqual(cells[3:], expected)
         rows = json.loads((ROOT / "results" / "benchmark_pooling.json").read_text())["rows"]
         for model in MODELS:
             ratios = {row["precision"]: row for row in rows if row["model"] == model}
-            expected = [f"{ratios[precision][task]['ratio']:.2f}" for task in ("step", "infer") for precision in PRECISIONS]
-            self.assertIn([f"`{model}`", *expected], [row for row in self.rows(f"`{model}`") if len(row) == 5])
+            expected = [
+                f"{ratios[precision][task]['ratio']:.2f}"
+                for task in ("step", "infer") for precision in PRECISIONS
+            ]
+            of_model = [row for row in self.rows(f"`{model}`") if len(row) == 5]
+            self.assertIn([f"`{model}`", *expected], of_model)
         for run in json.loads((ROOT / "results" / "recipe_search.json").read_text())["runs"]:
             names = ("lr", "deformation", "stroke_width", "scaling", "label_smoothing", "dropout")
-            self.assertIn([*(f"{run[name]:g}" for name in names), run["besides"], f"{run['error']:.2f}"], [row[1:] for row in self.rows(str(run["batch_size"]))])
+            self.assertIn(
+                [*(f"{run[name]:g}" for name in names), run["besides"], f"{run['error']:.2f}"],
+                [row[1:] for row in self.rows(str(run["batch_size"]))],
+            )
 
     def test_pictures(self):
-        """All that visualize.py draws is there, on this page, in both styles, and small; and drawn from networks whose runs are there."""
-        folder, walkthrough = ROOT / "visualizations", (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
-        names = {f"{name}{style}.{'png' if picture.pixels else 'svg'}" for name, picture in visualize.PICTURES.items()
-                 for style in (figures.STYLES if picture.text else [""])}
+        """All that visualize.py draws is there, on this page, in both styles, and small.
+
+        It is drawn from networks whose runs are there.
+        """
+        page = ROOT / "docs" / "walkthrough.md"
+        folder, walkthrough = ROOT / "visualizations", page.read_text(encoding="utf-8")
+        names = {
+            f"{name}{style}.{'png' if picture.pixels else 'svg'}"
+            for name, picture in visualize.PICTURES.items()
+            for style in (figures.STYLES if picture.text else [""])
+        }
         self.assertEqual({path.name for path in folder.iterdir()}, names | {"README.md"})
         for text, prefix in ((self.TEXT, ""), (walkthrough, "../")):
-            shown = re.findall(rf'(?:src="|srcset="|\]\(){re.escape(prefix)}visualizations/([^")]+)', text)
+            pattern = rf'(?:src="|srcset="|\]\(){re.escape(prefix)}visualizations/([^")]+)'
+            shown = re.findall(pattern, text)
             self.assertEqual(len(shown), len(set(shown)))
             self.assertLessEqual(set(shown), names)
             for name in shown:  # with its other style
                 plain = name.replace("-dark", "")
-                self.assertEqual(visualize.PICTURES[plain.split(".")[0]].text, {plain, plain.replace(".", "-dark.")} <= set(shown), name)
+                in_both = {plain, plain.replace(".", "-dark.")} <= set(shown)
+                self.assertEqual(visualize.PICTURES[plain.split(".")[0]].text, in_both, name)
             if text is self.TEXT:
                 self.assertEqual(set(shown), names)
-        self.assertEqual(len(re.findall("alt=", walkthrough + self.TEXT)) + len(re.findall(r"!\[.+?\]", walkthrough + self.TEXT)),
-                         len(visualize.PICTURES) + 6)
+        texts = walkthrough + self.TEXT
+        described = len(re.findall("alt=", texts)) + len(re.findall(r"!\[.+?\]", texts))
+        self.assertEqual(described, len(visualize.PICTURES) + 6)
         self.assertLess(sum(path.stat().st_size for path in folder.iterdir()), 3_000_000)
         # Those of results are of these results.
+        arguments = [
+            "results", "error_against_shift", "gradient_norm", "training_curves", "models",
+            "--out", str(self.folder),
+        ]
         with contextlib.redirect_stdout(io.StringIO()):
-            visualize.main(["results", "error_against_shift", "gradient_norm", "training_curves", "models", "--out", str(self.folder)])
+            visualize.main(arguments)
 
         for path in self.folder.iterdir():
             drawn, committed = path.read_text(), (folder / path.name).read_text()
@@ -188,15 +249,20 @@ class TestReadme(FilesCase):
             self.assertAlmostEqual(row["errors"][0], stored["test_error"]["centered"], delta=0.05)
 
     def test_walkthrough(self):
-        """Six steps, each with a picture and five to fifteen lines; together they are a program, and what it asserts is true."""
-        steps = re.split(r"^## \d\. .+$", (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+        """Six steps, each with a picture and five to fifteen lines.
+
+        Together they are a program, and what it asserts is true.
+        """
+        text = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+        steps = re.split(r"^## \d\. .+$", text, flags=re.MULTILINE)[1:]
         self.assertEqual(len(steps), 6)
         torch.manual_seed(0)
         namespace = {}
         for step in steps:
             (snippet,) = re.findall(r"```python\n(.*?)```", step, re.DOTALL)
             self.assertIn("visualizations/", step)
-            self.assertIn(len([line for line in snippet.splitlines() if line.strip()]), range(5, 16))
+            lines = [line for line in snippet.splitlines() if line.strip()]
+            self.assertIn(len(lines), range(5, 16))
             self.assertIn("assert", snippet)
             exec(snippet, namespace)
 
@@ -214,6 +280,7 @@ class TestReadme(FilesCase):
             (cells,) = [cells for cells in self.rows(name) if cells[1] == precision]
             figures = [
                 f"{row['step']['ratio']:.2f}", f"{row['step']['images_per_second']:,.0f}",
-                f"{row['infer']['ratio']:.2f}", f"{row['infer']['images_per_second']:,.0f}", f"{row['memory_ratio']:.2f}",
+                f"{row['infer']['ratio']:.2f}", f"{row['infer']['images_per_second']:,.0f}",
+                f"{row['memory_ratio']:.2f}",
             ]
             self.assertEqual(cells[2:], figures, cells)
