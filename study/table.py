@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from models import MODELS, has_sign_flip_fields
+from models import MODELS
 from study.runs import Study, run_name, settings_not_in_paper
 from training.checkpoints import read_result
 from training.options import TRAIN_MODES
@@ -111,7 +111,7 @@ def table(study: Study, paper: Paper, style: str = "text") -> str:
     train_modes = list(dict.fromkeys(config.train_mode for config in study.configs))
     digits, versions = study.configs[0].digits, study.configs[0].test_versions
     cells = [Cell(study, model, mode, version, paper, settings)
-             for model in models for settings in ({}, *other_signs(study, model))
+             for model in models for settings in ({}, *other_settings(study, model))
              for mode in train_modes for version in versions]
     if len(set().union(*(cell.hashes for cell in cells))) > 1:
         raise ValueError(f"the runs in {study.results / 'runs'} are on different npz files: "
@@ -136,25 +136,23 @@ def table(study: Study, paper: Paper, style: str = "text") -> str:
     return "\n\n".join(parts + remarks)
 
 
-def other_signs(study: Study, model: str) -> list[dict]:
+def other_settings(study: Study, model: str) -> list[dict]:
     """Settings in which finished runs of a model differ from the study's runs.
 
-    Only runs that differ in sign_eps alone, or in sign_eps and precision, count.
+    Only runs that differ in sign_eps, in precision or in both count.
 
     Raises:
         ValueError, OSError: naming the file, for a result that is damaged.
     """
     configs = [config for config in study.configs if config.model == model]
-    found = []
-    if has_sign_flip_fields(model):
-        paths = sorted((study.results / "runs").glob(f"*-{model}-*.json"))
-        for path in paths:
-            stored = read_result(path)["config"]
-            settings = {name: stored[name] for name in ("sign_eps", "precision")
-                        if stored[name] != getattr(configs[0], name)}
-            if "sign_eps" in settings and settings not in found:
-                if any(study.file(replace(config, **settings)) in paths for config in configs):
-                    found.append(settings)
+    paths, found = sorted((study.results / "runs").glob(f"*-{model}-*.json")), []
+    for path in paths:
+        stored = read_result(path)["config"]
+        settings = {name: stored[name] for name in ("sign_eps", "precision")
+                    if stored[name] != getattr(configs[0], name)}
+        if settings and settings not in found:
+            if any(study.file(replace(config, **settings)) in paths for config in configs):
+                found.append(settings)
     return found
 
 

@@ -430,8 +430,8 @@ class TestReproduce(RunsCase):
         text = self.main(reproduce, *self.options("--table", "--dataset", "digits")[2:])
         self.assertNotIn("1.23", text)
 
-    def test_rows_of_other_signs(self):
-        """Runs that differ in sign_eps, and perhaps in precision, have rows of their own."""
+    def test_rows_of_other_settings(self):
+        """Runs that differ in sign_eps or precision have rows of their own."""
         asked = ("--models", "mobius_signflip", "mobius_regular", "--runs", "5", "--precision",
                  "bf16")
         other = ("--models", "mobius_signflip", "--runs", "5", "--sign_eps", "1e-8")
@@ -443,9 +443,10 @@ class TestReproduce(RunsCase):
         self.write_results(Study([later], self.folder / "results"), lambda config, version: 20)
         self.study(*other).file(self.study(*other).configs[1]).unlink()
         text = self.main(reproduce, *self.options(*asked, "--table"))
-        shifted = [line for line in text.splitlines() if line.startswith("mobius")][:4]
+        shifted = [line for line in text.splitlines() if line.startswith("mobius")][:5]
         self.assertEqual([re.split("  +", line)[:3] for line in shifted], [
             ["mobius_signflip", "3.20 ± 0.16 (5) *", "4.89 ± 0.36"],
+            ["mobius_signflip, precision fp32", "8.20 ± 0.16 (5) *", "4.89 ± 0.36"],
             ["mobius_signflip, sign_eps 1e-08, precision fp32", "5.22 ± 0.17 (4)", "4.89 ± 0.36"],
             ["mobius_signflip, sign_eps 1e-08", "6.20 ± 0.16 (5) *", "4.89 ± 0.36"],
             ["mobius_regular", "3.20 ± 0.16 (5) *", "1.23 ± 0.07"],
@@ -460,6 +461,7 @@ class TestReproduce(RunsCase):
         protocol = "num_epochs=2 batch_size=4"
         self.assertEqual(shown, [
             ["mobius_signflip", f"{protocol} precision=bf16", "5", "0"],
+            ["mobius_signflip", protocol, "5", "0"],
             ["mobius_signflip", f"sign_eps=1e-08 {protocol}", "4", "1"],
             ["mobius_signflip", f"sign_eps=1e-08 {protocol} precision=bf16", "5", "0"],
             ["mobius_regular", f"{protocol} precision=bf16", "5", "0"],
@@ -468,13 +470,13 @@ class TestReproduce(RunsCase):
         text = self.main(reproduce, *self.options(*other, "--table"))
         self.assertIn("\nmobius_signflip, sign_eps 0.0  ", text)
         self.assertIn("\nmobius_signflip, sign_eps 0.0, precision bf16  ", text)
+        self.assertIn("\nmobius_signflip, precision bf16  ", text)
         (remark,) = [
             line for line in text.splitlines() if line.startswith("Finished runs of other settings")
         ]
         self.assertEqual(
             remark.split(": ")[1], "digits sign_eps_0.001 num_epochs_2 batch_size_4 (1), "
-            "digits sign_eps_1e-08 num_epochs_2 batch_size_4 lr_0.1 (5), "
-            "digits sign_eps_1e-08 num_epochs_2 batch_size_4 precision_bf16 (5)")
+            "digits sign_eps_1e-08 num_epochs_2 batch_size_4 lr_0.1 (5)")
 
     def test_error_against_shift(self):
         options = self.options("--models", "mobius_regular", "--runs", "1", "--num_epochs", "1")
