@@ -11,7 +11,7 @@ import torch.nn as nn
 
 import benchmark
 from models import build_model
-from nn_layers import MobiusPool
+from polyphase import PolyphasePool
 from tests.support import FilesCase
 
 
@@ -66,7 +66,7 @@ class TestBenchmark(FilesCase):
     def test_pooling(self):
         out = self.folder / "pooling.json"
         polyphase = mock.patch.object(
-            MobiusPool, "_polyphase", autospec=True, side_effect=MobiusPool._polyphase
+            PolyphasePool, "forward", autospec=True, side_effect=PolyphasePool.forward
         )
         with mock.patch("benchmark.keep_freed_memory"), polyphase as used:
             printed = self.run_main(
