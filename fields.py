@@ -6,7 +6,7 @@ length). The cut lies between column L-1 and column 0. Crossing it reflects: pix
 and rho(s) acts on the feature vectors, where s is the reflection in the group R = {e, s}.
 
 A feature space is given by the multiplicities ``(m_triv, m_sign, m_reg)`` of three field types.
-This file is the only one that knows how s acts on them.
+This file says how s acts on them.
 
 Source: Weiler, Forré, Verlinde, Welling, *Coordinate Independent Convolutional Networks* (2021),
 arXiv:2106.06020, Section 5.3.1 (field types), Figure 28 (isometries).
@@ -43,10 +43,10 @@ class Representation(NamedTuple):
 
     dim:   channels of one field.
     rho_s: the action of s on dim 1 of a tensor of such fields.
-    permutes: whether rho(s) permutes channels, and so commutes with every pointwise function.
-        Otherwise it flips signs, and commutes with odd functions only.
-    invariant_bias: from one number for each field to the vector b with rho(s) b = b; None where
-        only b = 0 has that.
+    permutes: whether rho(s) is a permutation of channels, which commutes with every pointwise
+        function. Otherwise it changes signs and commutes with odd functions only.
+    invariant_bias: from one number for each field to a bias that rho(s) does not change; None if
+        only b = 0 is such a bias.
     """
 
     dim: int
@@ -152,24 +152,27 @@ def map_types(x: Tensor, fields: Fields, functions: dict[str, Callable]) -> Tens
 
 
 def map_pointwise(x: Tensor, fields: Fields, function: Callable, odd_function: Callable) -> Tensor:
-    """Apply `odd_function` to sign-flip fields and `function` to the others."""
-    if not fields.sign:  # one call for all types
+    """Apply `function` to channels that rho(s) permutes, `odd_function` to the others."""
+    if all(rep.permutes or not m for rep, m in zip(REPRESENTATIONS.values(), fields)):
         return function(x)
     return map_types(x, fields, {
         name: function if rep.permutes else odd_function for name, rep in REPRESENTATIONS.items()
     })
 
 
-# Numbers that are 0 in exact arithmetic come out of a convolution as some eps of its input: an
-# antisymmetric kernel on a blank part of the strip, for example. sign() jumps at 0 and would make
-# features of full size of such noise. Measured on digits, in units of eps times the sample's
-# largest magnitude: noise up to 8, other values above 65536 in float64; in float32 these are spread
-# evenly, and 1 of 10,000 lies below 64.
+# A convolution can return a few eps where the exact value is 0: an antisymmetric kernel on a blank
+# part of the strip, for example. sign() would turn this noise into features of full size. So
+# values within 64 eps of 0 count as 0, relative to the largest magnitude in the sample's sign-flip
+# fields. Measured on digits: noise is at most 8 eps. All other values exceed 65536 eps in float64;
+# in float32, 1 of 10,000 is below 64 eps (results/sign_rounding.json).
 ROUNDING = 64
 
 
 def largest_magnitude(magnitude: Tensor) -> Tensor:
-    """The largest of each sample, ``(N, 1, 1, 1)``. No symmetry of the strip changes it."""
+    """The largest entry of each sample, ``(N, 1, 1, 1)``; no symmetry of the strip changes it.
+
+    It has no gradient, and is neither 0 nor infinite: one divides by it.
+    """
     limits = torch.finfo(magnitude.dtype)
     return magnitude.detach().amax(dim=(1, 2, 3), keepdim=True).clamp(limits.tiny, limits.max)
 
@@ -177,7 +180,7 @@ def largest_magnitude(magnitude: Tensor) -> Tensor:
 def sign_beyond_rounding(x: Tensor, largest: Tensor) -> Tensor:
     """The sign of values of sign-flip fields; 0 where they are 0 up to rounding.
 
-    Half precision has the rounding of float32, in which convolutions accumulate.
+    For float16 and bfloat16, eps is that of float32, in which convolutions accumulate.
 
     Args:
         x: values of sign-flip fields ``(N, C, W, L)``.
@@ -218,7 +221,10 @@ def gauge_transform(x: Tensor, fields) -> Tensor:
 
 
 def cross_cut(x: Tensor, fields: Fields) -> Tensor:
-    """Columns as seen across the cut: flipped across the width, and acted on by rho(s)."""
+    """Columns as seen across the cut: flipped across the width, and acted on by rho(s).
+
+    For a kernel this is K(s.v) rho_in(s)^-1, as rho(s) is symmetric and its own inverse.
+    """
     return rho_s(x.flip(2), fields)
 
 
@@ -230,7 +236,7 @@ def double_cover(x: Tensor, fields: Fields) -> Tensor:
 def isometry_action(x: Tensor, shift, fields) -> Tensor:
     """Move a field `shift` columns to the right; what leaves the strip re-enters reflected.
 
-    The period is 2L: a shift by L is the pure reflection with rho(s), a shift by 2L the identity.
+    A shift by L flips the width and applies rho(s); a shift by 2L is the identity.
 
     Args:
         x: feature map ``(N, C, W, L)`` of any dtype and device.
@@ -241,7 +247,7 @@ def isometry_action(x: Tensor, shift, fields) -> Tensor:
         A new tensor of the same shape.
 
     Raises:
-        ValueError: as `gauge_transform`, or if `shift` is neither of the two.
+        ValueError: as `gauge_transform`, or if `shift` is not such an integer or tensor.
 
     Source: arXiv:2106.06020, Section 5, Figure 28.
     """

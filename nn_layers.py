@@ -5,13 +5,15 @@
     EquivNonlin       a nonlinearity for each field type
     MobiusPool        2 x 2 pooling for each field type
     MobiusPadNaive    padding for conventional CNNs, which know nothing of frames
+    MobiusConvNaive   this padding and nn.Conv2d in one
+    TransportPad      transport_pad as a module, for exported networks
 
-Every equivariant layer has `in_fields` and `out_fields`, the multiplicities ``(m_triv, m_sign,
-m_reg)`` of the field types that it maps between. Feature maps have the shape ``(N, C, W, L)`` and
-the channels of `fields.py`.
+Every equivariant layer has the attributes `in_fields` and `out_fields`, the multiplicities
+``(m_triv, m_sign, m_reg)`` of the field types that it maps between. Feature maps have the shape
+``(N, C, W, L)`` and the channels of `fields.py`.
 
-A function under ``@accelerated`` is the formula. Its twin in `fast/` computes the same numbers in
-less time on a CPU.
+A function under ``@accelerated`` is the formula. On a CPU, its faster twin in `fast/` may compute
+it, equal up to rounding.
 
 Source: arXiv:2106.06020, Section 5.
 """
@@ -49,9 +51,9 @@ from fields import (
 def transport_pad(x: Tensor, pad: int, fields) -> Tensor:
     """Pad a feature map such that a convolution can read across the cut.
 
-    Left of the first column come the last `pad` columns, and right of the last one the first:
-    parallel transport across the cut flips them across the width and acts on them by rho(s). Above
-    and below, where the strip ends, come `pad` rows of zeros.
+    The left margin holds the last `pad` columns and the right margin the first ones, as parallel
+    transport across the cut brings them: flipped across the width and acted on by rho(s). The
+    margins above and below, where the strip ends, are zero.
 
     Args:
         x: feature map ``(N, C, W, L)``.
@@ -62,7 +64,8 @@ def transport_pad(x: Tensor, pad: int, fields) -> Tensor:
         Tensor of shape ``(N, C, W + 2 pad, L + 2 pad)``.
 
     Raises:
-        ValueError: if `x` is not 4-d with C channels, or `pad` is out of its range.
+        ValueError: if `x` is not 4-d with C channels, `pad` is out of its range, or multiplicities
+            are not allowed.
     """
     fields = as_fields(fields)
     check_features(x, fields)
@@ -89,8 +92,9 @@ def pad_columns(x: Tensor, pad: int, fields: Fields) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 # Steerable kernels (Section 5.3.3, Table 3): K(s.v) = rho_out(s) K(v) rho_in(s)^-1, where s.v flips
 # the kernel's width axis (dim 2). For a regular output field this gives the second channel, K₂(v) =
-# K₁(s.v) rho_in(s), and leaves the first one free. For the others it ties one half of the kernel to
-# the other. The stored values, and how the rest follows:
+# K₁(s.v) rho_in(s), and leaves the first one, K₁, free. For the others it ties the upper rows of
+# the kernel to the lower ones, or the two channels of an input field. The stored values, and how
+# the rest follows:
 
 
 def _free(first: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ def _antisymmetric(upper: Tensor) -> Tensor:
 
 
 def _from_regular(first: Tensor, sign: int) -> Tensor:
-    """K₂(v) = ± K₁(s.v): stored is the part K₁ that reads the first channel of the input field."""
+    """Stored is what reads the first channel of the input field; its flip, ±, reads the second."""
     return interleave(first, sign * first.flip(2), dim=1)
 
 
@@ -145,16 +149,23 @@ STEERABLE_BLOCKS = {
 def strip_conv(
     x: Tensor, kernel: Tensor, bias: Tensor | None, in_fields: Fields, out_fields: Fields
 ) -> Tensor:
-    """Convolution on the strip by a steerable kernel ``(C_out, C_in, k, k)``."""
+    """Convolution on the strip by a steerable kernel ``(C_out, C_in, k, k)``.
+
+    The formula is that of any kernel; the twin needs to know that it is steerable.
+    """
     pad = kernel.shape[3] // 2
     return F.conv2d(pad_columns(x, pad, in_fields), kernel, bias, padding=(pad, 0))
 
 
 class MobiusConv(nn.Module):
-    """Convolution on the Möbius strip, equivariant under gauge transformations and isometries.
+    """Convolution on the Möbius strip, equivariant under isometries and gauge transformations.
 
     It expands a steerable kernel, K(s.v) = rho_out(s) K(v) rho_in(s)^-1, from free parameters, pads
     the input by parallel transport and convolves.
+
+    The layer commutes with `isometry_action`. Gauge equivariance says that in reflected frames,
+    where v reads s.v, the same map has the kernel K(s.v): convolving gauge_transform(x) with
+    K.flip(2) gives gauge_transform(y). (The layer does not commute with `gauge_transform` alone.)
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)`` of the input.
@@ -219,11 +230,9 @@ class MobiusConv(nn.Module):
 
     @kept_without_gradients
     def expand(self) -> tuple[Tensor, Tensor | None]:
-        """The steerable kernel ``(C_out, C_in, k, k)``, and the bias ``(C_out,)``, None where it is
-        zero.
+        """The steerable kernel ``(C_out, C_in, k, k)``; the bias ``(C_out,)``, None if it is zero.
 
-        Without gradients to record, the layer keeps the returned tensors: do not change them in
-        place.
+        While no gradient is recorded, the result is kept: do not change it in place.
         """
         return self.expand_kernel(), self.expand_bias()
 
@@ -240,20 +249,22 @@ class MobiusConv(nn.Module):
             STEERABLE_BLOCKS[in_type, out_type].expand(stored)
             for in_type, stored in weights.items()
         ], dim=1)
-        if out_type != "reg":
+        if REPRESENTATIONS[out_type].dim == 1:
             return first
         second = cross_cut(first, self.in_fields)  # K₁(s.v) rho_in(s)
         return interleave(first, second, dim=0)
 
     def expand_bias(self) -> Tensor | None:
         """The bias with rho(s) b = b, ``(C_out,)``; None where all output fields are sign-flip."""
-        triv, reg = getattr(self, "bias_triv", None), getattr(self, "bias_reg", None)
-        parts = [] if triv is None else [triv]
-        if self.out_fields.sign and (parts or reg is not None):
-            parts.append((reg if triv is None else triv).new_zeros(self.out_fields.sign))
-        if reg is not None:
-            parts.append(REPRESENTATIONS["reg"].invariant_bias(reg))
-        return torch.cat(parts) if parts else None
+        biases = {name: getattr(self, f"bias_{name}", None) for name in REPRESENTATIONS}
+        given = [bias for bias in biases.values() if bias is not None]
+        if not given:
+            return None
+        return torch.cat([
+            given[0].new_zeros(m * rep.dim) if biases[name] is None
+            else rep.invariant_bias(biases[name])
+            for (name, rep), m in zip(REPRESENTATIONS.items(), self.out_fields)
+        ])
 
     def export(self) -> nn.Sequential:
         """An equal layer of a `TransportPad` and an `nn.Conv2d`, with parameters of its own."""
@@ -310,9 +321,9 @@ class EquivNonlin(nn.Module):
 
     Trivial and regular fields: ELU(x), which commutes with a permutation of channels. Sign-flip
     fields: sign(x) ELU(|x| + b) with a learnable b for each field, which commutes with a change of
-    sign. It is the identity at b = 0, where training begins. sign(x) is 0 where |x| is within
-    rounding of 0: at most 64 eps of the sample's largest magnitude in these fields (eps of float32
-    in half precision).
+    sign. sign(x) is 0 where |x| is within rounding of 0: at most 64 eps of the sample's largest
+    magnitude in these fields (eps of float32 in half precision). Such values become 0 and get no
+    gradient; all others are unchanged at b = 0, where training begins.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.
@@ -400,9 +411,9 @@ def max_pool(
 
 
 def strip_pool(x: Tensor, fields: Fields, step: int = 2) -> Tensor:
-    """2 x 2 pooling on the strip, in windows that begin at every `step`-th column.
+    """2 x 2 pooling on the strip, in windows that begin at every column or every second one.
 
-    ``(N, C, W, L)`` to ``(N, C, ceil(W / 2), ceil(L / step))``.
+    ``(N, C, W, L)`` to ``(N, C, ceil(W / 2), ceil(L / step))``, for a step of 1 or 2.
     """
     stride = (2, step)
     if step == 1 or x.shape[3] % 2:  # the last window continues across the cut
@@ -420,8 +431,8 @@ class MobiusPool(nn.Module):
     """2 x 2 max pooling with stride 2 that respects the field types and continues across the cut.
 
     Trivial and regular fields: the maximum. Sign-flip fields: the entry of largest magnitude, with
-    its sign; 0 where +a and -a are the largest, equal within 64 eps of the sample's largest
-    magnitude, since no other value is equivariant (the published code has +a).
+    its sign; 0 where the largest are +a and -a, equal within 64 eps of the sample's largest
+    magnitude in these fields, since no other value is equivariant (the published code has +a).
 
     If L is odd, the last window takes its second column from across the cut. If W is odd, it pools
     twice, with windows aligned to the top and to the bottom edge and the row left over in a window
@@ -506,6 +517,7 @@ class MobiusConvNaive(nn.Conv2d):
             device=self.weight.device, dtype=self.weight.dtype,
         )
         conv.load_state_dict(self.state_dict())
+        conv.requires_grad_(self.weight.requires_grad)
         return nn.Sequential(MobiusPadNaive(self.kernel_size[0]), conv).train(self.training)
 
 
@@ -513,8 +525,8 @@ class MobiusPadNaive(nn.Module):
     """Padding across the cut for conventional CNNs: flipped across the width, no action on the
     channels.
 
-    It treats every channel as a scalar, which is right only for symmetric kernels. CNNs with it are
-    the baselines.
+    It treats every channel as a scalar: equivariant only with kernels that are symmetric across the
+    width. CNNs with it are the baselines.
 
     Args:
         kernel_size: of the convolution that follows, odd and positive.

@@ -1,5 +1,6 @@
 """Test errors of finished runs beside the paper's, as a table."""
 
+import contextlib
 import csv
 import io
 import re
@@ -50,7 +51,7 @@ class Cell:
         self.hashes = {result["data"]["sha256"] for result in results.values() if result}
         self.missing = [seed for seed, result in results.items() if not result]
         published = paper and self.config.dataset == "mnist" and test_digits == "shifted"
-        self.paper = paper[model][train_mode] if published else None
+        self.paper = paper.get(model, {}).get(train_mode) if published else None
 
     @property
     def row(self) -> str:
@@ -124,7 +125,7 @@ def table(study: Study, paper: Paper, style: str = "text") -> str:
         shown = [cell for cell in cells if cell.test_digits == version]
         title = (f"Test error in % on {version} test digits ({digits}): "
                  "mean ± standard deviation (runs)")
-        if shown[0].paper:
+        if any(cell.paper for cell in shown):
             title += f"; paper: {PAPER_RUNS} runs"
         parts += [title, body(_rows(shown, train_modes))]
     if any(cell.differs for cell in cells):
@@ -139,20 +140,18 @@ def table(study: Study, paper: Paper, style: str = "text") -> str:
 def other_settings(study: Study, model: str) -> list[dict]:
     """Settings in which finished runs of a model differ from the study's runs.
 
-    Only runs that differ in sign_eps, in precision or in both count.
-
-    Raises:
-        ValueError, OSError: naming the file, for a result that is damaged.
+    Only runs that differ in sign_eps, in precision or in both count. Damaged results do not.
     """
     configs = [config for config in study.configs if config.model == model]
     paths, found = sorted((study.results / "runs").glob(f"*-{model}-*.json")), []
     for path in paths:
-        stored = read_result(path)["config"]
-        settings = {name: stored[name] for name in ("sign_eps", "precision")
-                    if stored[name] != getattr(configs[0], name)}
-        if settings and settings not in found:
-            if any(study.file(replace(config, **settings)) in paths for config in configs):
-                found.append(settings)
+        with contextlib.suppress(ValueError):
+            stored = read_result(path)["config"]
+            settings = {name: stored[name] for name in ("sign_eps", "precision")
+                        if stored[name] != getattr(configs[0], name)}
+            if settings and settings not in found:
+                if any(study.file(replace(config, **settings)) in paths for config in configs):
+                    found.append(settings)
     return found
 
 
@@ -166,7 +165,7 @@ def _rows(cells: list[Cell], train_modes: list[str]) -> list[list[str]]:
         for cell in (cell for cell in cells if cell.row == name):
             row.append(str(cell) + " *" * cell.differs)
             if has_paper:
-                row.append("{:.2f} ± {:.2f}".format(*cell.paper))
+                row.append("{:.2f} ± {:.2f}".format(*cell.paper) if cell.paper else "")
                 row.append("" if cell.p is None else f"{cell.p:.2g}")
         rows.append(row)
     return rows

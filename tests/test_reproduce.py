@@ -27,6 +27,7 @@ import reproduce
 import train
 from models import MODELS
 from study.runs import Study, run_name
+from study.table import table
 from tests.support import COUNTS, ROOT, RunsCase, Zygote, not_installed
 from training.checkpoints import load_network
 from training.files import write_json
@@ -429,6 +430,28 @@ class TestReproduce(RunsCase):
         self.assertRegex(self.main(reproduce, *options), r"mobius_regular +- +1.23 ± 0.07")
         text = self.main(reproduce, *self.options("--table", "--dataset", "digits")[2:])
         self.assertNotIn("1.23", text)
+
+    def test_a_result_from_before_an_option(self):
+        """The option had its default."""
+        study = self.study()
+        self.write_results(study, lambda config, version: 5)
+        path = study.file(study.configs[0])
+        result = json.loads(path.read_text())
+        del result["config"]["sign_eps"]
+        write_json(path, result)
+        self.assertEqual(study.result(study.configs[0])["config"]["sign_eps"], 0)
+        self.assertNotIn("Missing", self.main(reproduce, *self.options("--table")))
+
+    def test_a_model_without_published_figures(self):
+        """Its cells of the paper are empty."""
+        paper = {name: figures for name, figures in reproduce.PAPER.items()
+                 if name != "mobius_regular"}
+        configs = reproduce.plan(1, ["mobius_regular", "mobius_scalar"], ["centered"], {})
+        study = Study(configs, self.folder / "results")
+        self.write_results(study, lambda config, version: 5)
+        _, _, unpublished, published, *_ = table(study, paper).splitlines()[1:]
+        self.assertEqual(unpublished.split(), ["mobius_regular", "5.00", "(1)"])
+        self.assertIn("1.60 ± 0.09", published)
 
     def test_rows_of_other_settings(self):
         """Runs that differ in sign_eps or precision have rows of their own."""

@@ -12,7 +12,7 @@ from models import build_model
 from training.data import Data
 from training.environment import describe_environment
 from training.files import read_json
-from training.options import REPORTING, Config, names_of
+from training.options import DEFAULTS, REPORTING, Config, names_of
 
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_KEYS = {"config", "data", "device", "model", "optimizer", "random", "result"}
@@ -46,7 +46,7 @@ def new_result(
 
 
 def read_result(path) -> dict:
-    """Read a result.json.
+    """Read a result.json. An option that is newer than the result had its default.
 
     Raises:
         ValueError: naming the file, if it is truncated or something else.
@@ -55,7 +55,9 @@ def read_result(path) -> dict:
     result = read_json(path)
     if not isinstance(result, dict) or not RESULT_KEYS <= result.keys():
         raise ValueError(f"{path} is no result of a run")
-    return result
+    unrecorded = names_of("input", "output")
+    defaults = {name: value for name, value in DEFAULTS.items() if name not in unrecorded}
+    return result | {"config": defaults | result["config"]}
 
 
 def read_weights(path) -> dict:
