@@ -180,7 +180,8 @@ def largest_magnitude(magnitude: Tensor) -> Tensor:
 def sign_beyond_rounding(x: Tensor, largest: Tensor) -> Tensor:
     """The sign of values of sign-flip fields; 0 where they are 0 up to rounding.
 
-    For float16 and bfloat16, eps is that of float32, in which convolutions accumulate.
+    For float16 and bfloat16, eps is that of float32: noise that was rounded to half precision is
+    larger, and keeps its sign.
 
     Args:
         x: values of sign-flip fields ``(N, C, W, L)``.
@@ -188,6 +189,18 @@ def sign_beyond_rounding(x: Tensor, largest: Tensor) -> Tensor:
     """
     eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     return F.hardshrink(x.detach() / largest, ROUNDING * eps).sign()
+
+
+def signed_extremum(largest: Tensor, smallest: Tensor) -> Tensor:
+    """Of two values of sign-flip fields that of larger magnitude; 0 if opposite up to rounding."""
+    magnitude = torch.maximum(largest, -smallest)
+    return sign_beyond_rounding(largest + smallest, largest_magnitude(magnitude)) * magnitude
+
+
+def sample_norms(x: Tensor) -> Tensor:
+    """L2 norms of the samples, ``(N,)``. Over channels, then over pixels, to round less."""
+    pixels = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.linalg.vector_norm(pixels, dim=(1, 2))
 
 
 # --------------------------------------------------------------------------------------------------

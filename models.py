@@ -215,7 +215,7 @@ def build_model(name: str, **kwargs) -> nn.Module:
 
 
 def has_sign_flip_fields(name: str) -> bool:
-    """Whether the model of this ``--model`` name has sign-flip fields, for which `sign_eps` is."""
+    """Whether this model has sign-flip fields, to which `sign_eps` applies."""
     mode = MODELS[name].keywords.get("mode")
     return mode is not None and Fields(*MODES[mode]).sign > 0
 

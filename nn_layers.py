@@ -42,6 +42,7 @@ from fields import (
     largest_magnitude,
     map_pointwise,
     sign_beyond_rounding,
+    signed_extremum,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -151,7 +152,8 @@ def strip_conv(
 ) -> Tensor:
     """Convolution on the strip by a steerable kernel ``(C_out, C_in, k, k)``.
 
-    The formula is that of any kernel; the twin needs to know that it is steerable.
+    The formula is that of any kernel. The twin relies on steerability: it reads one of two kernel
+    entries that are tied, and only that one gets a gradient. Gradients of free parameters agree.
     """
     pad = kernel.shape[3] // 2
     return F.conv2d(pad_columns(x, pad, in_fields), kernel, bias, padding=(pad, 0))
@@ -297,7 +299,7 @@ def _odd_kernel_size(kernel_size) -> int:
 
 @accelerated(by=fast.equiv_elu)
 def equiv_elu(x: Tensor, b: Tensor, fields: Fields) -> Tensor:
-    """ELU(x); for sign-flip fields sign(x) ELU(|x| + b)."""
+    """ELU(x); for sign-flip fields sign(x) ELU(|x| + b), where sign(x) is 0 up to rounding."""
     def odd_elu(x: Tensor) -> Tensor:
         magnitude = x.abs()
         sign = sign_beyond_rounding(x, largest_magnitude(magnitude))
@@ -322,8 +324,9 @@ class EquivNonlin(nn.Module):
     Trivial and regular fields: ELU(x), which commutes with a permutation of channels. Sign-flip
     fields: sign(x) ELU(|x| + b) with a learnable b for each field, which commutes with a change of
     sign. sign(x) is 0 where |x| is within rounding of 0: at most 64 eps of the sample's largest
-    magnitude in these fields (eps of float32 in half precision). Such values become 0 and get no
-    gradient; all others are unchanged at b = 0, where training begins.
+    magnitude in these fields (eps of float32 in half precision, where noise can be larger: evaluate
+    in float32). Such values become 0 and get no gradient; all others are unchanged at b = 0, where
+    training begins. If all values of a sample's sign-flip fields are noise, it is not recognised.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.
@@ -403,9 +406,7 @@ def max_pool(
     )
 
     def window_extremum(x: Tensor) -> Tensor:
-        largest, smallest = window_max(x), -window_max(-x)
-        magnitude = torch.maximum(largest, -smallest)
-        return sign_beyond_rounding(largest + smallest, largest_magnitude(magnitude)) * magnitude
+        return signed_extremum(window_max(x), -window_max(-x))
 
     return map_pointwise(x, fields, window_max, window_extremum)
 
@@ -431,8 +432,9 @@ class MobiusPool(nn.Module):
     """2 x 2 max pooling with stride 2 that respects the field types and continues across the cut.
 
     Trivial and regular fields: the maximum. Sign-flip fields: the entry of largest magnitude, with
-    its sign; 0 where the largest are +a and -a, equal within 64 eps of the sample's largest
-    magnitude in these fields, since no other value is equivariant (the published code has +a).
+    its sign. It is 0 where the largest and the smallest entry of a window add up to less than 64
+    eps of the sample's largest magnitude in these fields: of +a and -a, no other value is
+    equivariant (the published code has +a).
 
     If L is odd, the last window takes its second column from across the cut. If W is odd, it pools
     twice, with windows aligned to the top and to the bottom edge and the row left over in a window
@@ -484,7 +486,7 @@ def naive_conv(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class MobiusConvNaive(nn.Conv2d):
-    """`MobiusPadNaive` and `nn.Conv2d` in one: the convolution of the baselines.
+    """The baselines' convolution: `MobiusPadNaive` followed by `nn.Conv2d`, in one.
 
     Args:
         in_channels, out_channels: positive.
@@ -554,7 +556,7 @@ class MobiusPadNaive(nn.Module):
 
 
 class TransportPad(nn.Module):
-    """`transport_pad` as a module: with an `nn.Conv2d` behind it, what `MobiusConv.export` gives.
+    """`transport_pad` as a module. `MobiusConv.export` returns it followed by an `nn.Conv2d`.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.

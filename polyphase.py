@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fast
 from fast import accelerated
-from fields import Fields
+from fields import Fields, sample_norms
 from nn_layers import MobiusPool, strip_pool
 
 
@@ -23,14 +23,8 @@ def polyphase_pool(x: Tensor, fields: Fields) -> Tensor:
     """2 x 2 pooling with stride 2, of each sample on the grid that gives the larger norm."""
     windows = strip_pool(x, fields, step=1)
     even, odd = windows[..., 0::2], windows[..., 1::2]
-    p = norm(odd) > norm(even)
+    p = sample_norms(odd) > sample_norms(even)
     return torch.where(p[:, None, None, None], odd, even)
-
-
-def norm(x: Tensor) -> Tensor:
-    """Of each sample, ``(N,)``. In two steps, since one long sum would round more."""
-    pixels = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.linalg.vector_norm(pixels, dim=(1, 2))
 
 
 class PolyphasePool(MobiusPool):
@@ -38,8 +32,8 @@ class PolyphasePool(MobiusPool):
 
     A shift of the input by t changes p to p' = (p + t) mod 2 and moves the output by the integer
     (t + p - p') / 2: equivariant under all 2L isometries, and gauge equivariant. Equal norms take
-    the even grid, which costs equivariance under odd shifts for fields whose two grids fit equally
-    well up to rounding, such as a constant field with one pixel that differs.
+    the even grid. So odd shifts can break equivariance if both norms are equal up to rounding, as
+    for a constant field with one pixel that differs.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 import convert_mnist
 import fast
 import fields as fields_module
-from fields import Fields, as_fields, gauge_transform, isometry_action
+from fields import Fields, as_fields, gauge_transform, isometry_action, sample_norms
 from models import (
     CNN, MODELS, MODES, POOLINGS, MobiusGaugeCNN, build_model, count_parameters, export,
 )
@@ -44,7 +44,7 @@ from nn_layers import (
     EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad, strip_pool,
     transport_pad,
 )
-from polyphase import PolyphasePool, norm
+from polyphase import PolyphasePool
 from tests.reference import (
     DOUBLE, FIELDS, KERNEL_SIZES, PARAMETERS, SIZES, TYPES, act, all_shifts, channels,
     features, on_blank_strip, randomized, randomized_norms, reference_cover, rho_matrix, rounded,
@@ -453,6 +453,14 @@ class TestEquivNonlin(Case):
             layer = randomized(EquivNonlin((0, 2, 0), dtype=DOUBLE))
             self.assertIsometryEquivariant(layer, (0, 2, 0), (0, 2, 0), 6, 8)
 
+    def test_rounding_is_that_of_each_sample(self):
+        """A faint sample beside a loud one gives what it gives alone."""
+        x = torch.cat([1e9 * features((1, 2, 0), 4, 6, n=1), features((1, 2, 0), 4, 6, n=1)])
+        for layer in (randomized(EquivNonlin((1, 2, 0), dtype=DOUBLE)), MobiusPool((1, 2, 0)),
+                      PolyphasePool((1, 2, 0))):
+            alone = torch.cat([layer(sample) for sample in x.split(1)])
+            self.assertTrue(torch.equal(layer(x), alone))
+
     def smoothed(self, sign_eps, b):
         layer = EquivNonlin((0, 1, 0), sign_eps, dtype=DOUBLE)
         nn.init.constant_(layer.bias_sign, b)
@@ -635,7 +643,7 @@ class TestPolyphasePool(Case):
     def norms(x, fields) -> tuple[torch.Tensor, torch.Tensor]:
         """Of what is pooled on the even and on the odd columns."""
         windows = strip_pool(x, Fields(*fields), step=1)
-        return norm(windows[..., 0::2]), norm(windows[..., 1::2])
+        return sample_norms(windows[..., 0::2]), sample_norms(windows[..., 1::2])
 
     def phase(self, x, fields) -> torch.Tensor:
         """p of each sample."""
@@ -760,6 +768,8 @@ class TestTorchHabits(Case):
         lambda **factory: EquivNonlin((1, 1, 1), **factory),
         lambda **factory: MobiusPool((1, 1, 1)),
         lambda **factory: MobiusPadNaive(3),
+        lambda **factory: EquivNonlin((1, 1, 1), 1e-2, **factory),
+        lambda **factory: MobiusConvNaive(4, 3, 3, **factory),
     ]
 
     def test_gradcheck(self):

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fast.dispatch import gradient_of_linear, gradients, needs_formula
-from fields import Fields, cross_cut, largest_magnitude, sign_beyond_rounding
+from fields import (
+    Fields, cross_cut, largest_magnitude, sample_norms, sign_beyond_rounding, signed_extremum,
+)
 
 
 def sign_channels(x: Tensor, fields: Fields) -> Tensor:
@@ -139,10 +141,8 @@ class _MaxPool(Function):
         # index = at_smallest where the smallest entry wins; arithmetic is several times faster than
         # where()
         index_sign += at_smallest.sub_(index_sign).mul_((y_sign - negated_smallest).signbit())
-        magnitude = torch.maximum(y_sign, negated_smallest)
-        sign = sign_beyond_rounding(y_sign - negated_smallest, largest_magnitude(magnitude))
-        torch.mul(magnitude, sign, out=y_sign)
-        ctx.save_for_backward(index, sign.square_())
+        y_sign.copy_(signed_extremum(y_sign, -negated_smallest))
+        ctx.save_for_backward(index, y_sign.sign().square_())
         ctx.fields, ctx.alignment, ctx.shape = fields, (stride, padding, (1, 1), ceil_mode), x.shape
         is_channels_last = x.stride(1) == 1
         ctx.format = torch.channels_last if is_channels_last else torch.contiguous_format
@@ -168,7 +168,7 @@ def polyphase_pool(formula: Callable, x: Tensor, fields: Fields) -> Tensor:
     if x.shape[2] % 2:
         return NotImplemented
     even, odd = _both_grids(x.detach(), fields)
-    p = _norm(odd) > _norm(even)
+    p = sample_norms(odd) > sample_norms(even)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return torch.where(p[:, None, None, None], odd, even)
     x = _ShiftBack.apply(x, p, fields)
@@ -187,19 +187,12 @@ def _both_grids(x: Tensor, fields: Fields) -> tuple[Tensor, Tensor]:
     if fields.sign:
         largest = sign_channels(windows, fields)
         smallest = of_windows(torch.minimum, sign_channels(x, fields))
-        magnitude = torch.maximum(largest, -smallest)
-        sign = sign_beyond_rounding(largest + smallest, largest_magnitude(magnitude))
-        torch.mul(magnitude, sign, out=largest)
+        largest.copy_(signed_extremum(largest, smallest))
     return windows[..., 0::2], windows[..., 1::2]
 
 
-def _norm(x: Tensor) -> Tensor:
-    pixels = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.linalg.vector_norm(pixels, dim=(1, 2))
-
-
 class _ShiftBack(Function):
-    """Each sample shifted by -p. Reads and writes no more samples than are shifted."""
+    """Each sample shifted by -p. Only shifted samples are rearranged."""
 
     @staticmethod
     def forward(ctx, x: Tensor, p: Tensor, fields: Fields) -> Tensor:

@@ -16,7 +16,7 @@ def kept_without_gradients(expand: Callable) -> Callable:
     """Decorate a method that computes tensors from a module's parameters, named by its
     `parameter_names`.
 
-    While no gradient is recorded, it computes once for the same values of the parameters. Values
+    While no gradient is recorded, it computes anew only when a parameter has another value. Values
     are compared, since version counters miss edits by ``.data`` and by NumPy; that is some hundred
     times cheaper than a convolution. What is kept has a dictionary `derived`, for what else is
     computed from it.

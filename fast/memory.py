@@ -13,7 +13,7 @@ def channels_last(images: Tensor) -> Tensor:
     """The images in the memory format channels_last, in which the layers are faster on a CPU."""
     if images.ndim != 4 or not is_plain(images):
         return images
-    # A copy: one channel is in both formats at once, and layers would go on in the default one.
+    # A copy: the strides of one channel fit both formats, and later layers would use the default.
     return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
 
 

@@ -149,13 +149,14 @@ def _kept_spectrum(
     dtype: torch.dtype,
 ) -> Tensor:
     """`spectrum` in `dtype`, computed once for a kernel of `kept_without_gradients`."""
-    derived = getattr(kernel, "derived", {})
-    key = width, dtype
-    if key not in derived:
+    derived, key = getattr(kernel, "derived", {}), (width, dtype)
+    matrices = derived.get(key)
+    if matrices is None:
+        matrices = spectrum(kernel, in_fields, out_fields, width).to(dtype)
         if len(derived) >= 8:  # strips of many widths
             derived.clear()
-        derived[key] = spectrum(kernel, in_fields, out_fields, width).to(dtype)
-    return derived[key]
+        derived[key] = matrices
+    return matrices
 
 
 def _transform(kernel: Tensor, width: int) -> Tensor:
@@ -395,7 +396,7 @@ def _gradients(
     x: Tensor, kernel: Tensor, grad: Tensor, needs: tuple[bool, ...],
     in_fields: Fields | None, out_fields: Fields | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of input and kernel."""
+    """Gradients with respect to input and kernel."""
     n, _, width, length = x.shape
     c_out, c_in, _, k = kernel.shape
     with torch.enable_grad():

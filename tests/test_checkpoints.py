@@ -199,6 +199,11 @@ class TestCheckpoints(RunsCase):
             (whole, (*resume, "--checkpoint", ""), ["--eval_only"]),
             (whole, (*resume, "--eval_only", "--checkpoint", path), ["--resume"]),
         ]
+        irrep = changed(config=lambda c: {
+            key: "mobius_irrep" if key == "model" else value
+            for key, value in c.items() if key != "sign_eps"
+        })
+        cases.append((irrep, resume, ["before sign(x) of rounding was 0", "train anew"]))
         for content, arguments, contains in cases:
             path.write_bytes(content)
             before = self.files()

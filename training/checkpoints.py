@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import build_model
+from models import build_model, has_sign_flip_fields
 from training.data import Data
 from training.environment import describe_environment
 from training.files import read_json
@@ -125,12 +125,16 @@ def check_same_run(
     Raises:
         BadCheckpoint: naming the path, if the configuration, the data or the device differ.
     """
+    if has_sign_flip_fields(config.model) and "sign_eps" not in checkpoint["config"]:
+        raise BadCheckpoint(
+            f"{path} is from before sign(x) of rounding was 0, another function: train anew"
+        )
     stored = stored_config(checkpoint, path, {}).protocol()
     for name, value in config.protocol().items():
         if stored[name] != value and name not in REPORTING:
             raise BadCheckpoint(
                 f"{path} is of a run with {name} {stored[name]}, not {value}: "
-                "it goes on only as it began"
+                "its settings cannot change"
             )
     if checkpoint["data"]["sha256"] != data["sha256"]:
         raise BadCheckpoint(

@@ -225,7 +225,8 @@ def check(name: str, value, kind: type, *, choices, bounds, **_) -> None:
         if kind is int:
             as_integer(value, name)
         allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
-        holds = isinstance(value, (int, float)) and all(  # nan fails every comparison
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        holds = is_number and all(  # nan fails every comparison
             COMPARISONS[word](value, bound) for word, bound in bounds.items()
         )
         allowed = f"a number {allowed}"
