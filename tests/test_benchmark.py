@@ -12,7 +12,7 @@ import torch.nn as nn
 import benchmark
 from models import build_model
 from polyphase import PolyphasePool
-from tests.support import FilesCase
+from tests.support import HALF, FilesCase
 
 
 class TestBenchmark(FilesCase):
@@ -33,7 +33,7 @@ class TestBenchmark(FilesCase):
     def test_figures(self):
         out = self.folder / "new" / "benchmark.json"
         options = (
-            "--models", "mobius_regular", "--precision", "bf16", "--batch_size", 16, "--rounds", 2,
+            "--models", "mobius_regular", "--precision", HALF, "--batch_size", 16, "--rounds", 2,
             "--device", "cpu", "--out", out,
         )
         measure = benchmark.peak_memory
@@ -47,9 +47,9 @@ class TestBenchmark(FilesCase):
         rows = result["rows"]
         self.assertEqual(
             [(row["model"], row["precision"]) for row in rows],
-            [("textbook CNN", "fp32"), ("mobius_regular", "bf16")],
+            [("textbook CNN", "fp32"), ("mobius_regular", HALF)],
         )
-        self.assertEqual(set(result["matmul_gflop_per_second"]), {"fp32", "bf16"})
+        self.assertEqual(set(result["matmul_gflop_per_second"]), {"fp32", HALF})
         for row in rows:
             self.assertIn(row["model"], printed)
             for task in ("step", "infer"):
@@ -70,7 +70,7 @@ class TestBenchmark(FilesCase):
         )
         with mock.patch("benchmark.keep_freed_memory"), polyphase as used:
             printed = self.run_main(
-                "--pooling", "--models", "mobius_regular", "--precision", "bf16",
+                "--pooling", "--models", "mobius_regular", "--precision", HALF,
                 "--batch_size", 4, "--rounds", 2, "--device", "cpu", "--out", out,
             )
         (row,) = json.loads(out.read_text())["rows"]

@@ -56,8 +56,10 @@ def read_result(path) -> dict:
     if not isinstance(result, dict) or not RESULT_KEYS <= result.keys():
         raise ValueError(f"{path} is no result of a run")
     unrecorded = names_of("input", "output")
-    defaults = {name: value for name, value in DEFAULTS.items() if name not in unrecorded}
-    return result | {"config": defaults | result["config"]}
+    for name, default in DEFAULTS.items():
+        if name not in unrecorded:
+            result["config"].setdefault(name, default)
+    return result
 
 
 def read_weights(path) -> dict:
