@@ -164,7 +164,7 @@ def map_pointwise(x: Tensor, fields: Fields, function: Callable, odd_function: C
 # part of the strip, for example. sign() would turn this noise into features of full size. So
 # values within 64 eps of 0 count as 0, relative to the largest magnitude in the sample's sign-flip
 # fields. Measured on digits: noise is at most 8 eps. All other values exceed 65536 eps in float64;
-# in float32, 1 of 10,000 is below 64 eps (results/sign_rounding.json).
+# in float32, 1 of 10,000 of them is below 64 eps (results/sign_rounding.json).
 ROUNDING = 64
 
 
