@@ -389,7 +389,10 @@ class _SpectralConv(torch.autograd.Function):
 
                 return *gradients(conv, (x, kernel, bias), needs, grad), None, None, None
             grad_bias = grad.sum(dim=(0, 2, 3), dtype=bias.dtype) if needs[2] else None
-            return *_gradients(x, kernel, grad, needs, *ctx.fields), grad_bias, None, None, None
+            grad_x = grad_kernel = None
+            if needs[0] or needs[1]:  # a frozen layer may train its bias alone
+                grad_x, grad_kernel = _gradients(x, kernel, grad, needs, *ctx.fields)
+            return grad_x, grad_kernel, grad_bias, None, None, None
 
 
 def _gradients(
@@ -421,8 +424,9 @@ def _gradients(
             synthesis.write(f, _fold_(grad_image.permute(0, 2, 3, 1), k // 2, in_fields))
         if needs[1]:
             if by_copies:
-                grad_taps = _taps_gradient(halves[f], grad_y[f], k).unsqueeze(3)
-            grad_matrices[f] = grad_taps.squeeze(3)
+                grad_matrices[f] = _taps_gradient(halves[f], grad_y[f], k)
+            else:
+                grad_matrices[f] = grad_taps.squeeze(3)
     grad_x = synthesis.result() if needs[0] else None
     grad_kernel = torch.autograd.grad(matrices, kernel, grad_matrices)[0] if needs[1] else None
     return grad_x, grad_kernel
