@@ -43,15 +43,12 @@ class Representation(NamedTuple):
 
     dim:   channels of one field.
     rho_s: the action of s on dim 1 of a tensor of such fields.
-    permutes: whether rho(s) is a permutation of channels, which commutes with every pointwise
-        function. Otherwise it changes signs and commutes with odd functions only.
     invariant_bias: from one number for each field to a bias that rho(s) does not change; None if
         only b = 0 is such a bias.
     """
 
     dim: int
     rho_s: Callable[[Tensor], Tensor]
-    permutes: bool
     invariant_bias: Callable[[Tensor], Tensor] | None
 
 
@@ -72,9 +69,9 @@ def _swap_pairs(x: Tensor) -> Tensor:
 
 
 REPRESENTATIONS = {  # in the order of the channels, under the names of `Fields`
-    "triv": Representation(1, lambda x: x, True, lambda bias: bias),
-    "sign": Representation(1, _negate, False, None),
-    "reg": Representation(2, _swap_pairs, True, lambda bias: interleave(bias, bias, dim=0)),
+    "triv": Representation(1, lambda x: x, lambda bias: bias),
+    "sign": Representation(1, _negate, None),
+    "reg": Representation(2, _swap_pairs, lambda bias: interleave(bias, bias, dim=0)),
 }
 
 
@@ -143,21 +140,14 @@ def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
     return dict(zip(sizes, x.split(list(sizes.values()), dim=1)))
 
 
-def map_types(x: Tensor, fields: Fields, functions: dict[str, Callable]) -> Tensor:
-    """Apply ``functions[type]`` to the channels of each field type."""
-    blocks = split_types(x, fields)
-    if len(blocks) == 1:  # spares a copy
-        return functions[next(iter(blocks))](x)
-    return torch.cat([functions[name](block) for name, block in blocks.items()], dim=1)
+def sign_channels(x: Tensor, fields: Fields) -> Tensor:
+    """View of the channels of the sign-flip fields."""
+    return x.narrow(1, fields.triv, fields.sign)
 
 
-def map_pointwise(x: Tensor, fields: Fields, function: Callable, odd_function: Callable) -> Tensor:
-    """Apply `function` to channels that rho(s) permutes, `odd_function` to the others."""
-    if all(rep.permutes or not m for rep, m in zip(REPRESENTATIONS.values(), fields)):
-        return function(x)
-    return map_types(x, fields, {
-        name: function if rep.permutes else odd_function for name, rep in REPRESENTATIONS.items()
-    })
+def in_sign_channels(values: Tensor, fields: Fields, others: float) -> Tensor:
+    """`values` in the channels of the sign-flip fields, and one number in all others."""
+    return F.pad(values, (0, 0, 0, 0, fields.triv, 2 * fields.reg), value=others)
 
 
 # A convolution can return a few eps where the exact value is 0: an antisymmetric kernel on a blank
@@ -191,10 +181,12 @@ def sign_beyond_rounding(x: Tensor, largest: Tensor) -> Tensor:
     return F.hardshrink(x.detach() / largest, ROUNDING * eps).sign()
 
 
-def signed_extremum(largest: Tensor, smallest: Tensor) -> Tensor:
+def signed_extremum(largest: Tensor, negated_smallest: Tensor) -> Tensor:
     """Of two values of sign-flip fields that of larger magnitude; 0 if opposite up to rounding."""
-    magnitude = torch.maximum(largest, -smallest)
-    return sign_beyond_rounding(largest + smallest, largest_magnitude(magnitude)) * magnitude
+    # maximum(), with a gradient that takes half as many kernels.
+    magnitude = torch.where(largest > negated_smallest, largest, negated_smallest)
+    difference = largest - negated_smallest
+    return sign_beyond_rounding(difference, largest_magnitude(magnitude)) * magnitude
 
 
 def sample_norms(x: Tensor) -> Tensor:
@@ -209,7 +201,10 @@ def sample_norms(x: Tensor) -> Tensor:
 
 def rho_s(x: Tensor, fields: Fields) -> Tensor:
     """The action of s on the channels of `x`."""
-    return map_types(x, fields, {name: rep.rho_s for name, rep in REPRESENTATIONS.items()})
+    blocks = split_types(x, fields)
+    if len(blocks) == 1:  # spares a copy
+        return REPRESENTATIONS[next(iter(blocks))].rho_s(x)
+    return torch.cat([REPRESENTATIONS[name].rho_s(block) for name, block in blocks.items()], dim=1)
 
 
 def gauge_transform(x: Tensor, fields) -> Tensor:

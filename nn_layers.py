@@ -38,11 +38,13 @@ from fields import (
     check_features,
     check_strip,
     cross_cut,
+    in_sign_channels,
     interleave,
     largest_magnitude,
-    map_pointwise,
     sign_beyond_rounding,
+    sign_channels,
     signed_extremum,
+    split_types,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -87,7 +89,8 @@ def check_length(x: Tensor, pad: int) -> None:
 def pad_columns(x: Tensor, pad: int, fields: Fields) -> Tensor:
     """The columns of `transport_pad`: ``(N, C, W, L)`` to ``(N, C, W, L + 2 pad)``."""
     last, first = x.narrow(3, x.shape[3] - pad, pad), x.narrow(3, 0, pad)
-    return torch.cat([cross_cut(last, fields), x, cross_cut(first, fields)], dim=3)
+    left, right = cross_cut(torch.cat([last, first], dim=3), fields).chunk(2, dim=3)
+    return torch.cat([left, x, right], dim=3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,20 +123,20 @@ def _from_regular(first: Tensor, sign: int) -> Tensor:
 
 
 class SteerableBlock(NamedTuple):
-    """One block of the kernel.
+    """The block of the kernel that maps between two field types. What is stored of it:
 
-    columns: stored input channels for each input field.
-    rows: stored rows, of k.
-    expand: from the stored values to the rows that map to first channels.
+    channels: input channels, for each input field.
+    rows: rows across the width, of k.
+    complete: from the stored values to all that maps to first channels of output fields.
     """
 
-    columns: int
+    channels: int
     rows: Callable[[int], int]
-    expand: Callable[[Tensor], Tensor]
+    complete: Callable[[Tensor], Tensor]
 
 
 STEERABLE_BLOCKS = {
-    # (in, out)      columns  rows stored of k     the block of each output field's first channel
+    # (in, out)            channels  rows        complete
     ("triv", "triv"): SteerableBlock(1, lambda k: k // 2 + 1, _symmetric),
     ("sign", "triv"): SteerableBlock(1, lambda k: k // 2, _antisymmetric),
     ("reg", "triv"): SteerableBlock(1, lambda k: k, partial(_from_regular, sign=1)),
@@ -144,6 +147,39 @@ STEERABLE_BLOCKS = {
     ("sign", "reg"): SteerableBlock(1, lambda k: k, _free),
     ("reg", "reg"): SteerableBlock(2, lambda k: k, _free),
 }
+
+
+def steerable_kernel(weights: dict[str, Tensor], in_fields: Fields, out_fields: Fields) -> Tensor:
+    """The kernel ``(C_out, C_in, k, k)`` from its stored values.
+
+    Args:
+        weights: the stored values, under the names of `MobiusConv`.
+        in_fields, out_fields: multiplicities.
+    """
+    out_types = [name for name, o in zip(REPRESENTATIONS, out_fields) if o]
+    return torch.cat([_kernel_rows(weights, in_fields, out_type) for out_type in out_types])
+
+
+def _kernel_rows(weights: dict[str, Tensor], in_fields: Fields, out_type: str) -> Tensor:
+    """The rows of the kernel that map to one field type."""
+    first = torch.cat([
+        STEERABLE_BLOCKS[in_type, out_type].complete(weights[f"weights_{in_type}2{out_type}"])
+        for in_type, i in zip(REPRESENTATIONS, in_fields) if i
+    ], dim=1)
+    if REPRESENTATIONS[out_type].dim == 1:
+        return first
+    second = cross_cut(first, in_fields)  # K₁(s.v) rho_in(s)
+    return interleave(first, second, dim=0)
+
+
+def invariant_bias(biases: dict[str, Tensor], out_fields: Fields) -> Tensor:
+    """The bias ``(C_out,)`` with rho(s) b = b, from one value for each field that can have one."""
+    zero = next(iter(biases.values())).new_zeros
+    return torch.cat([
+        rep.invariant_bias(biases[f"bias_{name}"]) if m and rep.invariant_bias
+        else zero(m * rep.dim)
+        for (name, rep), m in zip(REPRESENTATIONS.items(), out_fields)
+    ])
 
 
 @accelerated(by=fast.strip_conv)
@@ -209,14 +245,17 @@ class MobiusConv(nn.Module):
             for in_type, i in zip(REPRESENTATIONS, self.in_fields):
                 block = STEERABLE_BLOCKS[in_type, out_type]
                 if o and i:
-                    shape = o, block.columns * i, block.rows(k), k
+                    shape = o, block.channels * i, block.rows(k), k
                     add_parameter(f"weights_{in_type}2{out_type}", shape)
             if o and REPRESENTATIONS[out_type].invariant_bias:
                 add_parameter(f"bias_{out_type}", (o,))
+        self.has_bias = any(name.startswith("bias") for name in self.parameter_names)
         self.reset_parameters()
+        self.register_load_state_dict_post_hook(_find_sources)  # for layers made on "meta"
 
     def reset_parameters(self) -> None:
         """Weights from N(0, std²) with std = 2 / sqrt(k² (C_in + C_out)), biases zero."""
+        _find_sources(self)
         fan = self.kernel_size**2 * (self.in_fields.channels + self.out_fields.channels)
         for name, parameter in self.named_parameters():
             if name.startswith("weights"):
@@ -236,42 +275,17 @@ class MobiusConv(nn.Module):
 
         While no gradient is recorded, the result is kept: do not change it in place.
         """
-        return self.expand_kernel(), self.expand_bias()
-
-    def expand_kernel(self) -> Tensor:
-        """The steerable kernel, ``(C_out, C_in, k, k)``."""
-        out_types = [name for name, o in zip(REPRESENTATIONS, self.out_fields) if o]
-        return torch.cat([self._expand_rows(out_type) for out_type in out_types])
-
-    def _expand_rows(self, out_type: str) -> Tensor:
-        """The rows of the kernel that map to one field type."""
-        in_types = [name for name, i in zip(REPRESENTATIONS, self.in_fields) if i]
-        weights = {in_type: getattr(self, f"weights_{in_type}2{out_type}") for in_type in in_types}
-        first = torch.cat([
-            STEERABLE_BLOCKS[in_type, out_type].expand(stored)
-            for in_type, stored in weights.items()
-        ], dim=1)
-        if REPRESENTATIONS[out_type].dim == 1:
-            return first
-        second = cross_cut(first, self.in_fields)  # K₁(s.v) rho_in(s)
-        return interleave(first, second, dim=0)
-
-    def expand_bias(self) -> Tensor | None:
-        """The bias with rho(s) b = b, ``(C_out,)``; None where all output fields are sign-flip."""
-        biases = {name: getattr(self, f"bias_{name}", None) for name in REPRESENTATIONS}
-        given = [bias for bias in biases.values() if bias is not None]
-        if not given:
-            return None
-        return torch.cat([
-            given[0].new_zeros(m * rep.dim) if biases[name] is None
-            else rep.invariant_bias(biases[name])
-            for (name, rep), m in zip(REPRESENTATIONS.items(), self.out_fields)
-        ])
+        stored = [getattr(self, name).flatten() for name in self.parameter_names]
+        stored = torch.cat([stored[0].new_zeros(1), *stored])
+        entries = stored.index_select(0, self.source) * self.sign
+        c_out, c_in, k = self.out_fields.channels, self.in_fields.channels, self.kernel_size
+        kernel, bias = entries.split([c_out * c_in * k**2, c_out])
+        return kernel.view(c_out, c_in, k, k), bias if self.has_bias else None
 
     def export(self) -> nn.Sequential:
         """An equal layer of a `TransportPad` and an `nn.Conv2d`, with parameters of its own."""
         with torch.no_grad():
-            kernel, bias = self.expand_kernel(), self.expand_bias()
+            kernel, bias = self.expand()
         conv = nn.utils.skip_init(  # draws no random numbers
             nn.Conv2d, kernel.shape[1], kernel.shape[0], self.kernel_size,
             bias=bias is not None, device=kernel.device, dtype=kernel.dtype,
@@ -283,6 +297,22 @@ class MobiusConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.in_fields)}, {tuple(self.out_fields)}, kernel_size={self.kernel_size}"
+
+
+def _find_sources(layer: MobiusConv, _=None) -> None:
+    """Find which stored value each entry of the kernel and the bias is, and with which sign.
+
+    Labels in place of the stored values tell: 1, 2, ... for these, 0 for an entry that is zero.
+    One gather then expands the kernel, where the table above takes up to 25 operations.
+    """
+    shapes = {name: getattr(layer, name).shape for name in layer.parameter_names}
+    sizes = [shape.numel() for shape in shapes.values()]
+    numbers = torch.arange(1, 1 + sum(sizes), device=next(layer.parameters()).device).split(sizes)
+    labels = {name: n.view(shape) for n, (name, shape) in zip(numbers, shapes.items())}
+    kernel = steerable_kernel(labels, layer.in_fields, layer.out_fields)
+    entries = torch.cat([kernel.flatten(), invariant_bias(labels, layer.out_fields)])
+    layer.register_buffer("source", entries.abs(), persistent=False)
+    layer.register_buffer("sign", entries.sign().to(torch.int8), persistent=False)
 
 
 def _odd_kernel_size(kernel_size) -> int:
@@ -299,22 +329,22 @@ def _odd_kernel_size(kernel_size) -> int:
 
 @accelerated(by=fast.equiv_elu)
 def equiv_elu(x: Tensor, b: Tensor, fields: Fields) -> Tensor:
-    """ELU(x); for sign-flip fields sign(x) ELU(|x| + b), where sign(x) is 0 up to rounding."""
-    def odd_elu(x: Tensor) -> Tensor:
-        magnitude = x.abs()
-        sign = sign_beyond_rounding(x, largest_magnitude(magnitude))
-        return sign * F.elu(magnitude + b.to(x.dtype))  # under autocast, x decides
-
-    return map_pointwise(x, fields, F.elu, odd_elu)
+    """s ELU(s x + b). In sign-flip fields s = sign(x), in all others s = 1 and b = 0."""
+    x_sign = sign_channels(x, fields)
+    sign = sign_beyond_rounding(x_sign, largest_magnitude(x_sign.abs()))
+    s = in_sign_channels(sign, fields, others=1)
+    b = in_sign_channels(b.to(x.dtype), fields, others=0)  # under autocast, x decides
+    return s * F.elu(s * x + b)
 
 
 def smoothed_equiv_elu(x: Tensor, b: Tensor, fields: Fields, sign_eps: float) -> Tensor:
     """`equiv_elu` with x / (|x| + sign_eps) in place of sign(x)."""
-    def odd_elu(x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # float16 rounds 1e-8 to 0
-        return (wide / (wide.abs() + sign_eps) * F.elu(wide.abs() + b)).to(x.dtype)
-
-    return map_pointwise(x, fields, F.elu, odd_elu)
+    blocks = {name: F.elu(block) for name, block in split_types(x, fields).items()}
+    x_sign = sign_channels(x, fields)
+    x_sign = x_sign.to(torch.promote_types(x.dtype, torch.float32))  # float16 rounds 1e-8 to 0
+    y_sign = x_sign / (x_sign.abs() + sign_eps) * F.elu(x_sign.abs() + b)
+    blocks["sign"] = y_sign.to(x.dtype)
+    return torch.cat(list(blocks.values()), dim=1)
 
 
 class EquivNonlin(nn.Module):
@@ -404,11 +434,13 @@ def max_pool(
     window_max = partial(
         F.max_pool2d, kernel_size=2, stride=stride, padding=padding, ceil_mode=ceil_mode
     )
-
-    def window_extremum(x: Tensor) -> Tensor:
-        return signed_extremum(window_max(x), -window_max(-x))
-
-    return map_pointwise(x, fields, window_max, window_extremum)
+    largest = window_max(x)
+    if not fields.sign:
+        return largest
+    negated_smallest = window_max(-sign_channels(x, fields))
+    blocks = split_types(largest, fields)
+    blocks["sign"] = signed_extremum(blocks["sign"], negated_smallest)
+    return torch.cat(list(blocks.values()), dim=1)
 
 
 def strip_pool(x: Tensor, fields: Fields, step: int = 2) -> Tensor:

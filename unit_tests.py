@@ -41,8 +41,8 @@ from models import (
     CNN, MODELS, MODES, POOLINGS, MobiusGaugeCNN, build_model, count_parameters, export,
 )
 from nn_layers import (
-    EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad, strip_pool,
-    transport_pad,
+    EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad,
+    invariant_bias, steerable_kernel, strip_pool, transport_pad,
 )
 from polyphase import PolyphasePool
 from tests.reference import (
@@ -224,7 +224,7 @@ class TestMobiusConv(Case):
         for in_fields, out_fields, k in itertools.product(all_fields, all_fields, KERNEL_SIZES):
             with self.subTest(in_fields=in_fields, out_fields=out_fields, k=k):
                 conv = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE))
-                kernel = conv.expand_kernel()
+                kernel, _ = conv.expand()
                 self.assertEqual(kernel.shape, (channels(out_fields), channels(in_fields), k, k))
                 rho_out, rho_in = rho_matrix(out_fields), rho_matrix(in_fields)
                 expected = torch.einsum("ab,bcwl,cd->adwl", rho_out, kernel, rho_in.inverse())
@@ -242,7 +242,7 @@ class TestMobiusConv(Case):
                 with torch.no_grad():
                     for name, parameter in weights.items():
                         parameter.copy_(values[name])
-                return conv.expand_kernel().detach().flatten()
+                return conv.expand()[0].detach().flatten()
 
             size = sum(p.numel() for p in weights.values())
             rows = [expand(row) for row in torch.eye(size, dtype=DOUBLE)]
@@ -266,7 +266,7 @@ class TestMobiusConv(Case):
             conv = randomized(
                 MobiusConv([2 * m for m in in_fields], [3 * m for m in out_fields], k, dtype=DOUBLE)
             )
-            stored, kernel = getattr(conv, f"weights_{i}2{o}"), conv.expand_kernel()
+            stored, kernel = getattr(conv, f"weights_{i}2{o}"), conv.expand()[0]
             d_out, d_in = (2 if o == "reg" else 1), (2 if i == "reg" else 1)
             with self.subTest(block=f"{i}2{o}"):
                 if "reg" not in (i, o):
@@ -278,10 +278,36 @@ class TestMobiusConv(Case):
                 else:
                     self.assertClose(kernel[::d_out, ::d_in], stored)
 
+    def test_expands_by_the_table(self):
+        for in_fields, out_fields, k in itertools.product(FIELDS, FIELDS, KERNEL_SIZES):
+            conv = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE))
+            parameters = dict(conv.named_parameters())
+            kernel, bias = conv.expand()
+            with self.subTest(in_fields=in_fields, out_fields=out_fields, k=k):
+                expected = steerable_kernel(parameters, conv.in_fields, conv.out_fields)
+                self.assertEqual(kernel.tolist(), expected.tolist())
+                if bias is not None:
+                    expected = invariant_bias(parameters, conv.out_fields)
+                    self.assertEqual(bias.tolist(), expected.tolist())
+
+    def test_made_without_memory(self):
+        """On "meta" there are no values, and none in the memory that to_empty() takes."""
+        conv = randomized(MobiusConv((1, 1, 1), (1, 1, 1), 3))
+        for assign in (False, True):
+            loaded = MobiusConv((1, 1, 1), (1, 1, 1), 3, device="meta")
+            if not assign:
+                loaded.to_empty(device="cpu")
+                loaded.source.fill_(10**6)
+            loaded.load_state_dict(conv.state_dict(), assign=assign)
+            self.assertEqual(loaded.expand()[0].tolist(), conv.expand()[0].tolist())
+        loaded.to_empty(device="cpu").source.fill_(10**6)
+        loaded.reset_parameters()
+        self.assertEqual(loaded.source.tolist(), conv.source.tolist())
+
     def test_bias_is_invariant(self):
         for fields in FIELDS:
             conv = randomized(MobiusConv((1, 0, 0), fields, 3, dtype=DOUBLE))
-            bias = conv.expand_bias()
+            _, bias = conv.expand()
             with self.subTest(fields):
                 if fields[0] == fields[2] == 0:
                     self.assertIsNone(bias)
@@ -301,7 +327,7 @@ class TestMobiusConv(Case):
             patches = rows.unfold(2, k, 1).unfold(3, k, 1)
             bias = torch.zeros(channels(out_fields), dtype=DOUBLE)
             bias[:2], bias[3:] = conv.bias_triv, conv.bias_reg
-            without_bias = torch.einsum("ncwlab,ocab->nowl", patches, conv.expand_kernel())
+            without_bias = torch.einsum("ncwlab,ocab->nowl", patches, conv.expand()[0])
             expected = without_bias + bias[:, None, None]
             with self.subTest(k=k, width=width, length=length):
                 self.assertClose(conv(x), expected)
@@ -311,8 +337,9 @@ class TestMobiusConv(Case):
         for in_fields, out_fields, k in itertools.product(FIELDS, FIELDS, KERNEL_SIZES):
             conv = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE))
             x = features(in_fields, 5, 6)
-            reflected = F.conv2d(transport_pad(gauge_transform(x, in_fields), k // 2, in_fields),
-                                 conv.expand_kernel().flip(2), conv.expand_bias())
+            padded = transport_pad(gauge_transform(x, in_fields), k // 2, in_fields)
+            kernel, bias = conv.expand()
+            reflected = F.conv2d(padded, kernel.flip(2), bias)
             with self.subTest(in_fields=in_fields, out_fields=out_fields, k=k):
                 self.assertClose(reflected, gauge_transform(conv(x), out_fields))
 
@@ -336,7 +363,7 @@ class TestMobiusConv(Case):
         kernel = torch.ones(4, 4, 3, 3, dtype=DOUBLE).cumsum(2)
         for layer in (
             lambda x: F.conv2d(transport_pad(x, 1, (1, 1, 1)), kernel),
-            lambda x: F.conv2d(MobiusPadNaive(3)(x), conv.expand_kernel(), conv.expand_bias()),
+            lambda x: F.conv2d(MobiusPadNaive(3)(x), *conv.expand()),
         ):
             with self.assertRaises(AssertionError):
                 self.assertIsometryEquivariant(layer, (1, 1, 1), (1, 1, 1), 6, 8)

@@ -11,13 +11,9 @@ from torch.autograd import Function
 
 from fast.dispatch import gradient_of_linear, gradients, needs_formula
 from fields import (
-    Fields, cross_cut, largest_magnitude, sample_norms, sign_beyond_rounding, signed_extremum,
+    Fields, cross_cut, largest_magnitude, sample_norms, sign_beyond_rounding, sign_channels,
+    signed_extremum,
 )
-
-
-def sign_channels(x: Tensor, fields: Fields) -> Tensor:
-    """View of the channels of the sign-flip fields."""
-    return x.narrow(1, fields.triv, fields.sign)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,7 +137,7 @@ class _MaxPool(Function):
         # index = at_smallest where the smallest entry wins; arithmetic is several times faster than
         # where()
         index_sign += at_smallest.sub_(index_sign).mul_((y_sign - negated_smallest).signbit())
-        y_sign.copy_(signed_extremum(y_sign, -negated_smallest))
+        y_sign.copy_(signed_extremum(y_sign, negated_smallest))
         ctx.save_for_backward(index, y_sign.sign().square_())
         ctx.fields, ctx.alignment, ctx.shape = fields, (stride, padding, (1, 1), ceil_mode), x.shape
         is_channels_last = x.stride(1) == 1
@@ -186,8 +182,8 @@ def _both_grids(x: Tensor, fields: Fields) -> tuple[Tensor, Tensor]:
     windows = of_windows(torch.maximum, x)
     if fields.sign:
         largest = sign_channels(windows, fields)
-        smallest = of_windows(torch.minimum, sign_channels(x, fields))
-        largest.copy_(signed_extremum(largest, smallest))
+        negated_smallest = of_windows(torch.maximum, -sign_channels(x, fields))
+        largest.copy_(signed_extremum(largest, negated_smallest))
     return windows[..., 0::2], windows[..., 1::2]
 
 

@@ -272,7 +272,7 @@ def _places(fields: Fields, start: float, between: float) -> dict[str, list[floa
 
 def steerable_kernels(conv: MobiusConv) -> Figure:
     """The expanded kernels, a block for each pair of types: input rows, output columns."""
-    kernel = conv.expand_kernel()
+    kernel, _ = conv.expand()
     largest = _largest(kernel)
     rows, columns = _places(conv.in_fields, HEAD, HEAD), _places(conv.out_fields, GAP, BETWEEN)
     width, height = (max(map(max, places.values())) + SIDE + GAP for places in (columns, rows))
@@ -306,7 +306,7 @@ def first_kernels(model: nn.Module, columns: int = 8) -> Figure:
     if isinstance(conv, MobiusConv):
         fields = conv.out_fields
         types, titles = channel_types(fields), _channels(fields, CHANNEL_NAMES)
-        kernel, colours = conv.expand_kernel(), TYPE_COLOURS
+        kernel, colours = conv.expand()[0], TYPE_COLOURS
     else:
         kernel, colours = conv.weight, {"": NO_TYPE}
         types, titles = [""] * len(kernel), [""] * len(kernel)

@@ -176,20 +176,25 @@ def strip_conv_cases(dtype):
             x = channels_last(strips(in_fields, *size, dtype=dtype))
             yield Arguments(
                 f"{in_fields} to {out_fields}, k = {k}, W x L = {size}",
-                [x, *(getattr(layer, name).detach() for name in layer.parameter_names)],
+                [x, *stored(layer).values()],
                 lambda x, *values: (x, *expanded(layer, values), layer.in_fields, layer.out_fields),
             )
+
+
+def stored(layer: MobiusConv) -> dict[str, Tensor]:
+    """The parameters that have values: an antisymmetric kernel with k = 1 has none."""
+    return {name: p.detach() for name, p in layer.named_parameters() if p.numel()}
 
 
 def expanded(layer: MobiusConv, values) -> tuple[Tensor, Tensor | None]:
     """The kernel and the bias for these values of the parameters."""
     class Expansion(nn.Module):
         def forward(self):
-            return layer.expand_kernel(), layer.expand_bias()
+            return layer.expand()
 
     expansion = Expansion()
     expansion.layer = layer
-    names = (f"layer.{name}" for name in layer.parameter_names)
+    names = (f"layer.{name}" for name in stored(layer))
     return torch.func.functional_call(expansion, dict(zip(names, values)), ())
 
 
@@ -715,10 +720,10 @@ class TestKeptKernels(FastCase):
     @contextlib.contextmanager
     def counted(self):
         """Count how often kernels are expanded and spectra computed."""
-        expand_kernel, spectrum = MobiusConv.expand_kernel, fast.spectral.spectrum
-        kernels = mock.Mock(side_effect=expand_kernel)
+        expand, spectrum = MobiusConv.expand.__wrapped__, fast.spectral.spectrum
+        kernels = mock.Mock(side_effect=expand)
         spectra = mock.Mock(side_effect=spectrum)
-        with mock.patch.object(MobiusConv, "expand_kernel", lambda layer: kernels(layer)):
+        with mock.patch.object(MobiusConv, "expand", fast.kept_without_gradients(kernels)):
             with mock.patch("fast.spectral.spectrum", spectra):
                 yield lambda: (kernels.call_count, spectra.call_count)
 

@@ -111,16 +111,16 @@ class TestMuon(Case):
                 [2 * n for n in out_fields]
             )
             layer = MobiusConv(in_fields, out_fields, 5, dtype=DOUBLE)
-            before = layer.expand_kernel().detach()
+            before = layer.expand()[0].detach()
             gradient = torch.randn_like(before)
-            (layer.expand_kernel() * gradient).sum().backward()
+            (layer.expand()[0] * gradient).sum().backward()
             reflected = cross_cut(gradient, in_fields)
             steerable = (
                 gradient + gauge_transform(reflected.transpose(0, 1), out_fields).transpose(0, 1)
             ) / 2
             with mock.patch("training.muon.orthogonalize", orthogonalize):
                 muon.Muon(layer).step()
-            step, expected = (before - layer.expand_kernel()).flatten(1), orthogonalize(
+            step, expected = (before - layer.expand()[0]).flatten(1), orthogonalize(
                 steerable.flatten(1)
             )
             with self.subTest(in_fields=in_fields, out_fields=out_fields):

@@ -142,7 +142,7 @@ class TestPictures(Case):
         # From one type to one, all fields of it.
         conv = MobiusConv((0, 0, 2), (2, 0, 0), 3)
         self.assertShows(figures.steerable_kernels(conv),
-                         conv.expand_kernel().transpose(0, 1).flatten(0, 1))
+                         conv.expand()[0].transpose(0, 1).flatten(0, 1))
 
     def test_first_kernels(self):
         model = build_model("mobius_mixed")
@@ -152,7 +152,7 @@ class TestPictures(Case):
         self.assertClose(kernels[first + 1], kernels[first].flip(1))
         self.assertClose(kernels[:4], kernels[:4].flip(1))
         self.assertEqual(sorted(kernels.flatten().tolist()),
-                         sorted(model.mobius_cnn[0].expand_kernel().flatten().tolist()))
+                         sorted(model.mobius_cnn[0].expand()[0].flatten().tolist()))
         cnn = build_model("cnn_same_params")
         self.assertShows(figures.first_kernels(cnn, columns=4), cnn.cnn[1].weight.detach()[:, 0])
 
