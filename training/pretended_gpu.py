@@ -17,9 +17,9 @@ process and cannot be taken back, so use it in a process of its own.
 """
 
 import collections
-import functools
 import json
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -85,14 +85,17 @@ class PretendedGPU(TorchDispatchMode):
             return self._value(packet, *args)
         if not func.is_view and packet not in ALLOCATIONS:
             self.launches += 1
-        # Numbers of the host can take part; for all other tensors FakeTensorMode compares devices.
-        args, kwargs = tree_map(self._as_fake, (args, kwargs))
+        if not all(here):
+            args, kwargs = tree_map(partial(self._as_fake, func), (args, kwargs))
         with self._fake:
             return func(*args, **kwargs)
 
-    def _as_fake(self, x):
-        is_real = isinstance(x, Tensor) and not isinstance(x, FakeTensor)
-        return self._fake.from_tensor(x) if is_real else x
+    def _as_fake(self, func, x):
+        if not isinstance(x, Tensor) or isinstance(x, FakeTensor):
+            return x
+        if x.ndim:  # numbers of the host can take part
+            raise RuntimeError(f"{func} got tensors on {NAME} and on {x.device}")
+        return self._fake.from_tensor(x)
 
     def _wait(self, what: str) -> None:
         self.waits[what] += 1
@@ -116,6 +119,8 @@ class PretendedGPU(TorchDispatchMode):
             return None
         if not isinstance(index, FakeTensor):
             self._wait("index on the host")
+            with self._fake:
+                index = torch.empty(index.shape, dtype=index.dtype, device=self.device)
         if index.dtype in (torch.bool, torch.uint8):
             self._wait("boolean index")
             index = index.new_empty(0, dtype=torch.long)
@@ -153,7 +158,7 @@ class _Module(_DummyBackendModule):
         pass
 
 
-@functools.cache
+@cache
 def _register() -> list[torch.library.Library]:
     """Register the device and its autocast. What is returned must stay alive."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
@@ -203,7 +208,7 @@ def launches(build: Callable[[], nn.Module]) -> int:
 if __name__ == "__main__":
     print(json.dumps({
         name: {
-            pooling: launches(functools.partial(build_model, name, pooling=pooling))
+            pooling: launches(partial(build_model, name, pooling=pooling))
             for pooling in POOLINGS
         }
         for name in MODELS
