@@ -34,7 +34,7 @@ from training.checkpoints import (
     runs_of, stored_config,
 )
 from training.data import Data, batches, find_data
-from training.environment import random_states, select_device, set_random_states
+from training.environment import compiled, random_states, select_device, set_random_states
 from training.events import summary_writer
 from training.files import CommandLine, say
 from training.optimization import OPTIMIZERS
@@ -121,6 +121,7 @@ class Run:
         amounts = config.deformation, config.stroke_width, config.scaling
         self.deform = RandomDeformation(*amounts, device=self.device) if any(amounts) else None
         digits = len(self.training_set.labels), len(self.centered_test_set.labels)
+        self.compute = compiled(self.loss, self.device) if config.compile else self.loss
         parameters = count_parameters(self.model)
         self.result = new_result(config, parameters, data, digits, self.device)
 
@@ -168,17 +169,16 @@ class Run:
                 losses = torch.zeros(self.steps, device=device)
                 wrong = torch.zeros((), dtype=torch.long, device=device)
                 digits = batches(self.training_set, config.batch_size, self.order)
+                if self.deform:
+                    drawn = self.deform.draw_epoch(self.steps, config.batch_size, self.order)
                 for step, (images, labels) in enumerate(progress(self, digits, self.bar)):
                     # In the middle of the step.
                     lr = config.learning_rate(epoch + (step + 0.5) / self.steps)
                     optimizer.param_groups[0]["lr"] = lr
                     if self.deform:
-                        images = self.deform(images, self.deform.draw(len(images), self.order))
+                        images = self.deform(images, drawn[step])
                     optimizer.zero_grad()
-                    bf16 = config.precision == "bf16"
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                        logits = model(images)
-                        loss = cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+                    logits, loss = self.compute(images, labels)
                     loss.backward()
                     optimizer.step()
                     losses[step] = loss.detach()
@@ -210,6 +210,14 @@ class Run:
             if self.events:
                 end_events(self, predict, predict_at_every_shift)
         return self.result
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and loss of a training batch."""
+        config = self.config
+        bf16 = config.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            logits = self.model(images)
+            return logits, cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
 
     def _check_finite(self, losses: Tensor) -> None:
         bad = (~losses.isfinite()).nonzero()

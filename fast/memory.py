@@ -10,8 +10,15 @@ from fast.dispatch import is_plain
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """The images in the memory format channels_last, in which the layers are faster on a CPU."""
-    if images.ndim != 4 or not is_plain(images):
+    """The images in the memory format channels_last, where the layers are faster in it.
+
+    That is on a CPU, and on a GPU in bfloat16, which its tensor cores read so.
+    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+    """
+    kind = images.device.type
+    if images.ndim != 4 or not (
+        is_plain(images) or kind != "cpu" and torch.is_autocast_enabled(kind)
+    ):
         return images
     # A copy: the strides of one channel fit both formats, and later layers would use the default.
     return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)

@@ -149,6 +149,11 @@ class RandomDeformation:
         normal = torch.randn(n, 2 * self._scales.numel() + 2 * bool(self.scaling), **settings)
         return torch.cat([normal, 2 * torch.rand(n, 1, **settings) - 1], dim=1)
 
+    def draw_epoch(self, steps: int, n: int, generator: torch.Generator) -> Tensor:
+        """`draw` for each step of an epoch, ``(steps, n, D)`` on the device, in one copy."""
+        drawn = torch.stack([self.draw(n, generator) for _ in range(steps)])
+        return drawn.to(self._scales.device)
+
     def displacements(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """The deformation's components along and across the strip, ``(N, W, L)``, in pixels."""
         scales = torch.cat([self._scales, self._scales], dim=2)  # of cosines and sines

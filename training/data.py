@@ -122,7 +122,7 @@ def _read_arrays(path) -> dict[str, np.ndarray]:
 def batches(
     split: Split, batch_size: int, generator: torch.Generator | None = None
 ) -> Iterator[Split]:
-    """The digits of a split in batches.
+    """The digits of a split in batches. Their order is drawn at once.
 
     Args:
         split: images and labels, both on the same device.
@@ -133,10 +133,8 @@ def batches(
     """
     n, device = len(split.labels), split.labels.device
     if generator is None:
-        for start in range(0, n, batch_size):
-            yield Split(*(tensor[start:start + batch_size] for tensor in split))
-        return
+        return map(Split._make, zip(*(tensor.split(batch_size) for tensor in split)))
     # Drawn on the CPU, the order is the same for every device; one copy per epoch transfers it.
     order = torch.randperm(n, generator=generator).to(device)
-    for index in order[:n - n % batch_size].split(batch_size):
-        yield Split(split.images[index], split.labels[index])
+    indices = order[:n - n % batch_size].split(batch_size)
+    return (Split(split.images[index], split.labels[index]) for index in indices)

@@ -5,11 +5,15 @@ import math
 import torch
 from torch import nn
 
+from training.environment import is_gpu
 from training.muon import Muon
 
 
 def adam(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam:
-    return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
+    parameters = list(model.parameters())
+    # One kernel for all parameters. https://docs.pytorch.org/docs/stable/optim.html
+    fused = is_gpu(parameters[0].device)
+    return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
 # Called with the model, lr and weight_decay.

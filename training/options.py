@@ -151,6 +151,10 @@ class Config:
         "fp32", "of training, bf16: automatic mixed precision; tests are in float32",
         choices=PRECISIONS,
     )
+    compile: bool = option(
+        False, "torch.compile the training step, with CUDA graphs on a GPU; other rounding, and "
+        "dropout draws other numbers",
+    )
     log_dir: str = option(
         "logs", "the run's folder is made in it", belongs="output", metavar="FOLDER"
     )
