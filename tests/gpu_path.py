@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import train
-from models import MODELS
-from tests.support import RunsCase, write_npz
+from models import MODELS, POOLINGS, build_model
+from tests.support import Case, RunsCase, write_npz
 from training import muon
 from training.options import RECIPES
-from training.pretended_gpu import NAME, PretendedGPU
+from training.pretended_gpu import NAME, PretendedGPU, launches
 from training.run_folder import RunFolder
 
 BATCH = 2
@@ -123,6 +123,19 @@ class TestGPUPath(RunsCase):
             ):
                 with mixed:
                     function()
+
+
+class TestLaunches(Case):
+    def test_few(self):
+        """At most 2.5 times those of the CNN; 3 times with polyphase pooling."""
+        counts = {
+            (name, pooling): launches(partial(build_model, name, pooling=pooling))
+            for name, pooling in itertools.product(MODELS, POOLINGS)
+        }
+        cnn = counts["cnn_same_channels", "fixed"]
+        for (name, pooling), count in counts.items():
+            print(f"{name:18} {pooling:10} {count:4} launches, {count / cnn:.2f} of the CNN's")
+            self.assertLessEqual(count / cnn, {"fixed": 2.5, "polyphase": 3}[pooling], name)
 
 
 if __name__ == "__main__":
