@@ -98,7 +98,7 @@ class MobiusGaugeCNN(nn.Module):
         self.classifier = build_classifier(classes, factory, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_images(x, self.pooling)
+        check_images(x, self.pooling)
         return self.classifier(self.mobius_cnn(fast.channels_last(x)).amax(dim=(2, 3)))
 
 
@@ -157,7 +157,7 @@ class CNN(nn.Module):
         self.classifier = build_classifier(classes, factory, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_images(x, self.pooling)
+        check_images(x, self.pooling)
         return self.classifier(self.cnn(fast.channels_last(x)).amax(dim=(2, 3)))
 
 
@@ -183,7 +183,8 @@ def _check(ch_in: int, classes: int, pooling: str) -> None:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
 
 
-def _check_images(images: Tensor, pooling: str) -> None:
+def check_images(images: Tensor, pooling: str) -> None:
+    """Raise ValueError unless a network with this pooling can take these images."""
     check_strip(images)
     if pooling == "polyphase" and images.shape[3] % 4:
         raise ValueError(

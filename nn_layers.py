@@ -36,11 +36,13 @@ from fields import (
     as_fields,
     as_integer,
     check_features,
+    check_input,
     check_strip,
     cross_cut,
     in_sign_channels,
     interleave,
     largest_magnitude,
+    scalars,
     sign_beyond_rounding,
     sign_channels,
     signed_extremum,
@@ -224,7 +226,8 @@ class MobiusConv(nn.Module):
 
     Raises:
         ValueError: for a kernel size or multiplicities that are not allowed; in `forward`, for an
-            input that is not 4-d, does not have C_in channels or has L < kernel_size // 2.
+            input that is not 4-d and floating point, does not have C_in channels or has
+            L < kernel_size // 2.
 
     Source: arXiv:2106.06020, Sections 5.3.1 (bias) and 5.3.3 (kernels).
     """
@@ -264,7 +267,7 @@ class MobiusConv(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_features(x, self.in_fields)
+        check_input(x, self.in_fields)
         check_length(x, self.kernel_size // 2)
         kernel, bias = self.expand()
         return strip_conv(x, kernel, bias, self.in_fields, self.out_fields)
@@ -375,7 +378,7 @@ class EquivNonlin(nn.Module):
     Raises:
         ValueError: for multiplicities that are not allowed, or a `sign_eps` that is negative, not
             finite, or not 0 without sign-flip fields; in `forward`, for an input that is not 4-d
-            with C channels.
+            with C channels, or not floating point.
 
     Source: arXiv:2106.06020, Section 5.3.2.
     """
@@ -396,7 +399,7 @@ class EquivNonlin(nn.Module):
             nn.init.zeros_(self.bias_sign)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_features(x, self.in_fields)
+        check_input(x, self.in_fields)
         if self.bias_sign is None:
             return F.elu(x)
         if self.sign_eps:
@@ -494,13 +497,8 @@ class MobiusPool(nn.Module):
         self.in_fields = self.out_fields = as_fields(in_fields, "in_fields")
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
+        check_input(x, self.in_fields)
         return strip_pool(x, self.in_fields)
-
-    def check_input(self, x: Tensor) -> None:
-        check_features(x, self.in_fields)
-        if not x.dtype.is_floating_point:
-            raise ValueError(f"expected floating point numbers, got {x.dtype}")
 
     def extra_repr(self) -> str:
         return f"{tuple(self.in_fields)}"
@@ -514,7 +512,7 @@ class MobiusPool(nn.Module):
 def naive_conv(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """Convolution by any kernel, padded across the cut as if every channel were a scalar."""
     pad = kernel.shape[3] // 2
-    return F.conv2d(pad_columns(x, pad, Fields(x.shape[1], 0, 0)), kernel, bias, padding=(pad, 0))
+    return F.conv2d(pad_columns(x, pad, scalars(x)), kernel, bias, padding=(pad, 0))
 
 
 class MobiusConvNaive(nn.Conv2d):
@@ -540,7 +538,7 @@ class MobiusConvNaive(nn.Conv2d):
         super().__init__(in_channels, out_channels, size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_features(x, Fields(self.in_channels, 0, 0))
+        check_input(x, Fields(self.in_channels, 0, 0))
         check_length(x, self.kernel_size[0] // 2)
         return naive_conv(x, self.weight, self.bias)
 
@@ -581,7 +579,7 @@ class MobiusPadNaive(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_strip(x)
-        return transport_pad(x, self.kernel_size // 2, Fields(x.shape[1], 0, 0))
+        return transport_pad(x, self.kernel_size // 2, scalars(x))
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}"

@@ -91,7 +91,7 @@ class Material:
             if file is None:
                 network = self._trained(model)
             else:
-                network = load_network(file, {"model": model})[0]
+                network = load_network(file, {"model": model}).model
             networks[model] = network.cpu().double().eval()
         return networks
 
@@ -101,7 +101,7 @@ class Material:
         config = Config(**options)
         finished = runs_of(config, self.data)["finished"]
         if finished:
-            return load_network(finished[-1], {"model": model})[0]
+            return load_network(finished[-1], {"model": model}).model
         say(f"there is no finished run of {model} in {config.log_dir}: this one is trained first")
         with contextlib.closing(resumed_run(LATEST, options)) as run:
             run.train()
