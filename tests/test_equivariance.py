@@ -1,8 +1,14 @@
-"""equivariance.py."""
+"""equivariance.py, and docs/layers.md, whose lines and code are run."""
 
+import contextlib
 import copy
+import io
 import math
+import os
 import re
+import socket
+import warnings
+from importlib.util import find_spec
 from unittest import mock
 
 import torch
@@ -13,7 +19,7 @@ from equivariance import assert_equivariant, equivariance_error, sample_input
 from fields import as_fields
 from nn_layers import EquivBatchNorm, EquivNonlin, MobiusConv, MobiusPool
 from tests.reference import DOUBLE, EXACT, act, randomized, reference_cover
-from tests.support import Case
+from tests.support import ROOT, Case, FilesCase
 
 MIXED = (4, 4, 4)
 
@@ -190,3 +196,42 @@ class TestEquivarianceError(Case):
                     check(nn.Identity(), *arguments, **options)
         with self.assertRaisesRegex(ValueError, "of length 16 with stride 1, got shape"):
             equivariance_error(MobiusPool(MIXED), MIXED, MIXED)
+
+
+class TestLayersPage(FilesCase):
+    TEXT = (ROOT / "docs" / "layers.md").read_text(encoding="utf-8")
+    SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+    def test_table(self):
+        """Each line of code has the error that stands beside it, 0 or not."""
+        namespace = {}
+        exec(self.SNIPPETS[0], namespace)
+        rows = re.findall(r"^\| `(error\(.+?\))` \| ([\d.]+) \| .+ \|$", self.TEXT, re.MULTILINE)
+        self.assertEqual(len(rows) + 2, self.TEXT.count("\n|"))
+        for line, shown in rows:
+            torch.manual_seed(0)
+            error = eval(line, namespace)
+            with self.subTest(line):
+                if shown == "0":
+                    self.assertLess(error, 1e-10)
+                else:
+                    self.assertAlmostEqual(error, float(shown), delta=0.2 * float(shown))
+
+    def test_snippets(self):
+        """Together they are a program, and what it asserts is true."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        torch.manual_seed(0)
+        namespace, onnx = {}, find_spec("onnx") and find_spec("onnxscript")
+        with mock.patch.dict(os.environ, address), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's about itself
+            for snippet in self.SNIPPETS:
+                if "torch.onnx" not in snippet or onnx:
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        exec(snippet, namespace)
+        self.assertEqual((self.folder / "mobius.onnx").exists(), bool(onnx))
+        self.assertGreater(len(self.SNIPPETS), 8)
