@@ -14,7 +14,10 @@ from torch import Tensor
 
 import fast
 from fields import Fields, as_integer, check_strip
-from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, as_sign_eps
+from nn_layers import (
+    EquivBatchNorm, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, MobiusSequential,
+    as_sign_eps,
+)
 from polyphase import PolyphasePool
 
 # Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as
@@ -87,7 +90,7 @@ class MobiusGaugeCNN(nn.Module):
             return layers if fields.sign else layers[::-1]
 
         f1, f2, f3, f4, f5 = (Fields(*(n * m for m in MODES[mode])) for n in (4, 8, 16, 32, 64))
-        self.mobius_cnn = nn.Sequential(
+        self.mobius_cnn = MobiusSequential(
             conv((ch_in, 0, 0), f1), nonlin(f1),
             conv(f1, f2), *nonlin_pool(f2),
             conv(f2, f3), nonlin(f3),
@@ -236,16 +239,15 @@ def export(model: nn.Module) -> nn.Module:
 
     Returns:
         A copy with weights of its own, in the same mode (training or evaluation). Layers for which
-        torch.nn has no
-        counterpart stay what they are: pooling (it goes on over the cut), and nonlinearities of
-        sign-flip fields.
+        torch.nn has no counterpart stay what they are: pooling (it goes on over the cut),
+        nonlinearities of sign-flip fields, and batch normalisation in training mode.
     """
     # In a list, since the model itself can be one such layer.
     exported = copy.deepcopy(nn.ModuleList([model]))
     replaced = {}  # a layer that is used twice is exported once
     for module in list(exported.modules()):
         for name, child in module._modules.items():
-            if isinstance(child, (MobiusConv, MobiusConvNaive, EquivNonlin)):
+            if isinstance(child, (MobiusConv, MobiusConvNaive, EquivNonlin, EquivBatchNorm)):
                 if child not in replaced:
                     replaced[child] = child.export()
                 module._modules[name] = replaced[child]

@@ -36,17 +36,18 @@ import torch.nn.functional as F
 import convert_mnist
 import fast
 import fields as fields_module
+from equivariance import assert_equivariant, equivariance_error
 from fields import Fields, as_fields, gauge_transform, isometry_action, sample_norms
 from models import (
     CNN, MODELS, MODES, POOLINGS, MobiusGaugeCNN, build_model, count_parameters, export,
 )
 from nn_layers import (
-    EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad,
-    invariant_bias, steerable_kernel, strip_pool, transport_pad,
+    EquivBatchNorm, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool,
+    MobiusSequential, TransportPad, invariant_bias, steerable_kernel, strip_pool, transport_pad,
 )
 from polyphase import PolyphasePool
 from tests.reference import (
-    DOUBLE, FIELDS, KERNEL_SIZES, PARAMETERS, SIZES, TYPES, act, all_shifts, channels,
+    DOUBLE, EXACT, FIELDS, KERNEL_SIZES, PARAMETERS, SIZES, TYPES, act, all_shifts, channels,
     features, on_blank_strip, randomized, randomized_norms, reference_cover, rho_matrix, rounded,
 )
 from tests.support import COUNTS, ROOT, Case, write_reliability
@@ -347,17 +348,17 @@ class TestMobiusConv(Case):
         for in_fields, out_fields in itertools.product(FIELDS, FIELDS):
             for k, size in zip(KERNEL_SIZES, SIZES):
                 conv = randomized(MobiusConv(in_fields, out_fields, k, dtype=DOUBLE))
-                self.assertIsometryEquivariant(conv, in_fields, out_fields, *size)
+                assert_equivariant(conv, in_fields, out_fields, EXACT, size=size)
         for k, size in itertools.product(KERNEL_SIZES, SIZES + [(1, 3), (8, 6)]):
             conv = randomized(MobiusConv((1, 1, 1), (1, 1, 1), k, dtype=DOUBLE))
-            self.assertIsometryEquivariant(conv, (1, 1, 1), (1, 1, 1), *size)
+            assert_equivariant(conv, (1, 1, 1), (1, 1, 1), EXACT, size=size)
 
     def test_a_plain_convolution_is_not_equivariant(self):
         for fields in FIELDS:
             c = channels(fields)
             naive = nn.Sequential(MobiusPadNaive(3), nn.Conv2d(c, c, 3, dtype=DOUBLE))
-            with self.subTest(fields), self.assertRaises(AssertionError):
-                self.assertIsometryEquivariant(naive, fields, fields, 6, 8)
+            with self.subTest(fields):
+                self.assertGreater(equivariance_error(naive, fields, fields), 0.1)
         # Transport padding alone is not enough, nor are steerable kernels without it.
         conv = randomized(MobiusConv((1, 1, 1), (1, 1, 1), 3, dtype=DOUBLE))
         kernel = torch.ones(4, 4, 3, 3, dtype=DOUBLE).cumsum(2)
@@ -365,8 +366,7 @@ class TestMobiusConv(Case):
             lambda x: F.conv2d(transport_pad(x, 1, (1, 1, 1)), kernel),
             lambda x: F.conv2d(MobiusPadNaive(3)(x), *conv.expand()),
         ):
-            with self.assertRaises(AssertionError):
-                self.assertIsometryEquivariant(layer, (1, 1, 1), (1, 1, 1), 6, 8)
+            self.assertGreater(equivariance_error(layer, (1, 1, 1), (1, 1, 1)), 0.1)
 
     def test_moving_the_cut_changes_nothing(self):
         """Cut the strip elsewhere: the columns left of the new cut go to the end, reflected."""
@@ -411,6 +411,15 @@ class TestMobiusConv(Case):
             with self.assertRaisesRegex(ValueError, message):
                 conv(torch.zeros(bad))
         self.assertEqual(conv(torch.zeros(1, 4, 6, 2)).shape, (1, 1, 6, 2))  # L = k // 2
+        layers = (
+            conv, EquivNonlin((1, 1, 1)), MobiusPool((1, 1, 1)), PolyphasePool((1, 1, 1)),
+            EquivBatchNorm((1, 1, 1)), MobiusConvNaive(4, 4, 3),
+        )
+        for layer in layers:
+            with self.assertRaisesRegex(ValueError, "torch.Tensor .*, got ndarray"):
+                layer(np.zeros((1, 4, 6, 6), np.float32))
+            with self.assertRaisesRegex(ValueError, "floating point numbers, got torch.int64"):
+                layer(torch.zeros(1, 4, 6, 6, dtype=torch.long))
 
 
 class TestEquivNonlin(Case):
@@ -454,8 +463,7 @@ class TestEquivNonlin(Case):
     def test_equivariance(self):
         for fields, size in itertools.product(FIELDS, SIZES):
             layer = randomized(EquivNonlin(fields, dtype=DOUBLE))
-            self.assertGaugeEquivariant(layer, fields, fields, *size)
-            self.assertIsometryEquivariant(layer, fields, fields, *size)
+            assert_equivariant(layer, fields, fields, EXACT, size=size, pointwise=True)
 
     def test_zero_up_to_rounding(self):
         """The sign of noise is 0, as are the gradients; numbers beyond rounding keep theirs."""
@@ -476,9 +484,9 @@ class TestEquivNonlin(Case):
                 self.assertEqual((grad[0, 1, 0] == 0).tolist(), [False, True, True, True, False])
                 self.assertAlmostEqual(y[0, 1, 0, 4].item(), elu, delta=1e-3)
                 self.assertTrue((grad[0, 0] == 0).all())
-        with mock.patch.object(fields_module, "ROUNDING", 0), self.assertRaises(AssertionError):
+        with mock.patch.object(fields_module, "ROUNDING", 0):
             layer = randomized(EquivNonlin((0, 2, 0), dtype=DOUBLE))
-            self.assertIsometryEquivariant(layer, (0, 2, 0), (0, 2, 0), 6, 8)
+            self.assertGreater(equivariance_error(layer, (0, 2, 0), (0, 2, 0)), 0.1)
 
     def test_rounding_is_that_of_each_sample(self):
         """A faint sample beside a loud one gives what it gives alone."""
@@ -554,8 +562,7 @@ class TestEquivNonlin(Case):
                 make()
 
     def test_elu_alone_is_not_equivariant(self):
-        with self.assertRaises(AssertionError):
-            self.assertGaugeEquivariant(nn.ELU(), (0, 2, 0), (0, 2, 0), 4, 4)
+        self.assertGreater(equivariance_error(nn.ELU(), (0, 2, 0), (0, 2, 0)), 0.1)
 
     def test_bad_arguments(self):
         with self.assertRaisesRegex(ValueError, "in_fields"):
@@ -621,17 +628,21 @@ class TestMobiusPool(Case):
                 self.assertClose(reflected, gauge_transform(MobiusPool(fields)(x), fields))
 
     def test_equivariance(self):
-        for fields, size in itertools.product(FIELDS, SIZES):
-            self.assertGaugeEquivariant(MobiusPool(fields), fields, fields, *size)
         for fields, size in itertools.product(FIELDS, [(6, 8), (7, 8), (4, 6), (5, 2)]):
-            self.assertIsometryEquivariant(MobiusPool(fields), fields, fields, *size, step=2)
+            assert_equivariant(
+                MobiusPool(fields), fields, fields, EXACT, size=size, stride=2, pointwise=True)
+        for fields, size in itertools.product(FIELDS, [(6, 7), (5, 5)]):
+            for x in (features(fields, *size), on_blank_strip(fields, *size)):
+                reflected = MobiusPool(fields)(rounded(gauge_transform(x, fields)))
+                self.assertClose(reflected, gauge_transform(MobiusPool(fields)(x), fields))
 
     def test_plain_pooling_is_not_equivariant(self):
-        with self.assertRaises(AssertionError):  # the maximum of a sign-flip field is not odd
-            self.assertGaugeEquivariant(nn.MaxPool2d(2), (0, 2, 0), (0, 2, 0), 6, 8)
+        # The maximum of a sign-flip field is not odd.
+        self.assertGreater(equivariance_error(nn.MaxPool2d(2), *[(0, 2, 0)] * 2, stride=2), 0.1)
+        # The windows are not those of the reflected strip.
         pool = nn.MaxPool2d(2, ceil_mode=True)
-        with self.assertRaises(AssertionError):  # its windows are not those of the reflected strip
-            self.assertIsometryEquivariant(pool, (1, 0, 0), (1, 0, 0), 7, 8, step=2)
+        error = equivariance_error(pool, *[(1, 0, 0)] * 2, size=(7, 8), stride=2)
+        self.assertGreater(error, 0.1)
 
     def test_dtypes(self):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -654,6 +665,162 @@ class TestMobiusPool(Case):
         for pooling in ("max", None, 2, ["fixed"]):
             with self.assertRaisesRegex(ValueError, "pooling must be one of fixed, polyphase, got"):
                 build_model("mobius_regular", pooling=pooling)
+
+
+class TestEquivBatchNorm(Case):
+    @staticmethod
+    def reference(layer, x):
+        """Field by field: normalised values, means, unbiased variances."""
+        triv, sign, _ = layer.in_fields
+        y, means, variances, biases = torch.empty_like(x), [], [], iter(layer.bias)
+        for field, weight in enumerate(layer.weight):
+            is_reg = field >= triv + sign
+            first = 2 * field - triv - sign if is_reg else field
+            place = slice(first, first + 1 + is_reg)
+            values = x[:, place]
+            if triv <= field < triv + sign:
+                variances.append(values.square().mean())
+                y[:, place] = values / (variances[-1] + 1e-5).sqrt() * weight
+            else:
+                means.append(values.mean())
+                variances.append(values.var())
+                deviation = (values.var(correction=0) + 1e-5).sqrt()
+                y[:, place] = (values - means[-1]) / deviation * weight + next(biases)
+        return y, torch.stack(means), torch.stack(variances)
+
+    def test_values_and_statistics(self):
+        for size in ((4, 5), (1, 1)):
+            layer = randomized(EquivBatchNorm((2, 3, 2), dtype=DOUBLE))
+            x = 3 * features((2, 3, 2), *size, n=6) + 10
+            y, mean, var = self.reference(layer, x)
+            self.assertClose(layer(x), y)
+            self.assertClose(layer.running_mean, 0.1 * mean)
+            self.assertClose(layer.running_var, 0.9 + 0.1 * var)
+            self.assertEqual(layer.num_batches_tracked, 1)
+
+    def test_scalars_as_nn_batch_norm(self):
+        """In training and evaluation: values, gradients, running statistics, state dict."""
+        for options in ({}, {"momentum": None}, {"affine": False, "eps": 0.1, "momentum": 0.3}):
+            layer = randomized(EquivBatchNorm((3, 0, 0), dtype=DOUBLE, **options))
+            stock = nn.BatchNorm2d(3, dtype=DOUBLE, **options)
+            stock.load_state_dict(layer.state_dict())
+            for step in range(4):
+                x = (features((3, 0, 0), 4, 5) + step).requires_grad_()
+                y, expected = layer(x), stock(x)
+                weights = torch.randn_like(y)
+                with self.subTest(options, step=step):
+                    self.assertClose(y, expected)
+                    grads = torch.autograd.grad((y * weights).sum(), [x, *layer.parameters()])
+                    others = torch.autograd.grad(
+                        (expected * weights).sum(), [x, *stock.parameters()])
+                    for grad, other in zip(grads, others):
+                        self.assertClose(grad, other)
+                    for name, value in stock.state_dict().items():
+                        torch.testing.assert_close(layer.state_dict()[name], value, msg=name)
+                if step == 2:
+                    layer.eval(), stock.eval()
+
+    def test_equivariance(self):
+        for fields, size, mode in itertools.product(FIELDS, SIZES, (True, False)):
+            layer = randomized_norms(randomized(EquivBatchNorm(fields, dtype=DOUBLE))).train(mode)
+            assert_equivariant(layer, fields, fields, EXACT, size=size, pointwise=True)
+
+    def test_networks_on_digits(self):
+        """In training, each digit moved by a shift of its own; beside nn.BatchNorm2d."""
+        scalar, fields = (1, 0, 0), (2, 3, 2)
+        digits, shifts = real_digits(7).to(DOUBLE), 2 * torch.tensor([0, 1, 6, 13, 14, 20, 27])
+        for norm, mode in itertools.product((EquivBatchNorm, nn.BatchNorm2d), (True, False)):
+            given = fields if norm is EquivBatchNorm else channels(fields)
+            network = MobiusSequential(
+                MobiusConv(scalar, fields, 5), norm(given), EquivNonlin(fields), MobiusPool(fields),
+                MobiusConv(fields, fields, 5), norm(given), EquivNonlin(fields),
+                MobiusConv(fields, fields, 3), norm(given),
+            ).to(DOUBLE)
+            for module in network:
+                if isinstance(module, norm):
+                    randomized(module)
+            network = randomized_norms(network).train(mode)
+            moved = network(isometry_action(digits, shifts, scalar))
+            y = network(digits)
+            error = (moved - isometry_action(y, shifts // 2, fields)).abs().max() / y.abs().max()
+            with self.subTest(norm=norm, mode=mode):
+                if norm is EquivBatchNorm:
+                    self.assertLess(error, 1e-10)
+                else:
+                    self.assertGreater(error, 1e-2)
+
+    def test_export(self):
+        """Evaluation: an nn.BatchNorm2d. Training: one only where it computes the same."""
+        for fields, affine in itertools.product(FIELDS, (True, False)):
+            layer = randomized(EquivBatchNorm(fields, affine=affine, dtype=DOUBLE))
+            for _ in range(3):
+                layer(features(fields, 4, 5))
+            x = features(fields, 4, 5)
+            for mode in (True, False):
+                exported = export(nn.Sequential(layer.train(mode)))[0]
+                is_stock = not mode or fields == (2, 0, 0)
+                self.assertIs(type(exported), nn.BatchNorm2d if is_stock else EquivBatchNorm)
+                self.assertEqual(exported.training, mode)
+                self.assertClose(exported(x), layer(x))
+                self.assertClose(exported.eval()(x), layer.eval()(x))
+
+    def test_half_precision(self):
+        """As nn.BatchNorm2d: statistics and parameters in float32, output as the input."""
+        for dtype in (torch.bfloat16, torch.float16):
+            x = (features((2, 1, 1), 6, 8) + 5).to(dtype)
+            layer = EquivBatchNorm((2, 1, 1))
+            y = layer(x)
+            self.assertEqual((y.dtype, layer.running_mean.dtype), (dtype, torch.float32))
+            expected = EquivBatchNorm((2, 1, 1), dtype=DOUBLE)(x.double())
+            self.assertClose(y.double(), expected, tolerance=0.02)
+            with torch.autocast("cpu", dtype):
+                self.assertEqual(layer(x).dtype, dtype)
+                self.assertEqual(layer(x.float()).dtype, torch.float32)
+            layer = randomized_norms(EquivBatchNorm((2, 1, 1), dtype=dtype)).eval()
+            self.assertEqual(layer.export().weight.dtype, dtype)
+            self.assertClose(layer(x), layer.export()(x), 2 * torch.finfo(dtype).eps)
+
+    def test_bad_arguments(self):
+        with self.assertRaisesRegex(ValueError, "in_fields"):
+            EquivBatchNorm((0, 0, 0))
+        layer = EquivBatchNorm((1, 1, 1))
+        for bad, message in [
+            (torch.zeros(4, 6, 6), "4-d"), (torch.zeros(1, 3, 6, 6), "4 channels"),
+            (torch.zeros(1, 4, 6, 6, dtype=torch.long), "floating point numbers, got torch.int64"),
+            (torch.zeros(1, 4, 1, 1), r"more than one value per channel, got shape \(1, 4, 1, 1\)"),
+        ]:
+            with self.assertRaisesRegex(ValueError, message):
+                layer(bad)
+        layer.eval()(torch.zeros(1, 4, 1, 1))
+
+
+class TestMobiusSequential(Case):
+    def test_matching_layers(self):
+        fields = (1, 1, 1)
+        layers = [
+            MobiusConv((1, 0, 0), fields, 3), nn.Dropout2d(), EquivNonlin(fields),
+            MobiusConv(fields, (2, 0, 0), 3), nn.ELU(),
+        ]
+        net, x = MobiusSequential(*layers).eval(), torch.rand(2, 1, 6, 8)
+        self.assertEqual((net.in_fields, net.out_fields), ((1, 0, 0), (2, 0, 0)))
+        self.assertTrue(torch.equal(net(x), nn.Sequential(*layers)(x)))
+        self.assertEqual(list(net.state_dict()), list(nn.Sequential(*layers).state_dict()))
+        named = MobiusSequential(collections.OrderedDict(first=net[0], last=net[2]))
+        self.assertEqual(named.out_fields, fields)
+        self.assertEqual(net[1:4].in_fields, fields)
+        self.assertIsNone(MobiusSequential(nn.ELU(), MobiusSequential()).in_fields)
+        self.assertClose(export(net)(x), net(x), tolerance=1e-5)
+
+    def test_layers_that_do_not_match(self):
+        first, last = MobiusConv((1, 0, 0), (4, 4, 4), 3), EquivNonlin((0, 0, 8))
+        message = (
+            r"layer 2 \(EquivNonlin\) has in_fields \(0, 0, 8\), "
+            r"but layer 0 \(MobiusConv\) has out_fields \(4, 4, 4\)"
+        )
+        with self.assertRaisesRegex(ValueError, message):
+            MobiusSequential(first, nn.Dropout2d(), last)
+        with self.assertRaisesRegex(ValueError, r"layer b \(.*, but layer a \(MobiusSequential\)"):
+            MobiusSequential(collections.OrderedDict(a=MobiusSequential(first), b=last))
 
 
 # ==================================================================================================
@@ -797,6 +964,7 @@ class TestTorchHabits(Case):
         lambda **factory: MobiusPadNaive(3),
         lambda **factory: EquivNonlin((1, 1, 1), 1e-2, **factory),
         lambda **factory: MobiusConvNaive(4, 3, 3, **factory),
+        lambda **factory: EquivBatchNorm((1, 1, 1), **factory),
     ]
 
     def test_gradcheck(self):
@@ -1205,7 +1373,7 @@ class TestExport(Case):
 # The runner. The longest files come first; the first one is short where bfloat16 is fast.
 
 LONGEST = ("test_benchmark", "test_train", "unit_tests", "test_checkpoints", "test_reproduce",
-           "test_fast", "test_visualize")
+           "test_fast", "test_equivariance", "test_visualize")
 PATHS = [ROOT / "unit_tests.py", *ROOT.glob("tests/test_*.py")]
 PATHS.sort(key=lambda path: (*LONGEST, path.stem).index(path.stem))
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PATHS}

@@ -18,8 +18,7 @@ import torch
 
 import convert_mnist
 import train
-from fields import gauge_transform, isometry_action
-from tests.reference import TOLERANCE, features, on_blank_strip, rounded
+from tests.reference import TOLERANCE
 from training.environment import describe_environment
 from training.files import write_json
 
@@ -75,27 +74,6 @@ class Case(unittest.TestCase):
     def assertNotClose(self, actual, expected, message=None):
         self.assertEqual(actual.shape, expected.shape, message)
         self.assertGreater((actual - expected).abs().max().item(), 1e-3, message)
-
-    def assertIsometryEquivariant(self, layer, in_fields, out_fields, width, length, step=1):
-        """Under shifts by multiples of `step`; the output moves by the shift / step."""
-        for make in (features, on_blank_strip):
-            x = make(in_fields, width, length)
-            y = layer(rounded(x))
-            for shift in range(-step, 2 * length + 1, step):
-                self.assertClose(
-                    layer(rounded(isometry_action(x, shift, in_fields))),
-                    isometry_action(y, shift // step, out_fields),
-                    message=f"{make.__name__}, fields {in_fields} -> {out_fields}, "
-                            f"W x L = {width} x {length}, shift {shift}",
-                )
-
-    def assertGaugeEquivariant(self, layer, in_fields, out_fields, width, length):
-        """For a layer that acts at each point of its output in any frame alike."""
-        for make in (features, on_blank_strip):
-            x = make(in_fields, width, length)
-            y = layer(rounded(x))
-            reflected = layer(rounded(gauge_transform(x, in_fields)))
-            self.assertClose(reflected, gauge_transform(y, out_fields), message=make.__name__)
 
 
 class FilesCase(Case):

@@ -263,6 +263,13 @@ class TestReadme(FilesCase):
             self.assertIn("assert", snippet)
             exec(snippet, namespace)
 
+    def test_citation(self):
+        """CITATION.cff has the paper and the book."""
+        citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+        for name in ("arXiv preprint arXiv:2106.06020", "World Scientific", "10.1142/14143"):
+            self.assertIn(name, self.TEXT)
+            self.assertIn(name, citation)
+
     def test_reliability(self):
         result = json.loads((ROOT / "results" / "reliability.json").read_text())
         for what, count in result["survived"].items():
