@@ -1,7 +1,7 @@
 """The options of a run. Each is said once, as an entry of `Config`.
 
 The entry gives the check of the value, the option of train.py and reproduce.py, its help, its row
-in the README, and its key in result.json. A new option is a new entry.
+in docs/training.md, and its key in result.json. A new option is a new entry.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def option(
 
     Args:
         default: MISSING for an option that must be given.
-        text: for the help and the README.
+        text: for the help and the docs.
         belongs: "network": to the arguments of `build_model`. "training": to what is trained, and
             how. "test": to what is tested. "report": it changes what a run reports, not what it
             computes. "input", "output": it names a file or device of this machine, and
