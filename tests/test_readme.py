@@ -45,6 +45,9 @@ class TestReadme(FilesCase):
             commands[:2],
             [setup + "train.py --model mobius_regular --dataset digits", setup + "unit_tests.py"],
         )
+        page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+        (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+        commands += block.splitlines()
         scripts = (train, convert_mnist, benchmark, reproduce, visualize)
         modules = {f"{module.__name__}.py": module for module in scripts}
         for command in commands[3:]:
