@@ -38,8 +38,10 @@ class TestCompile(RunsCase):
 
     def test_same_numbers_compiled_once(self):
         """Neither another epoch nor the smaller last batch of an evaluation compiles anew."""
-        model = {"model": "mobius_signflip", "pooling": "polyphase", "dropout": 0.0}
-        with contextlib.closing(train.Run(self.config(**model, compile=True), verbose=False)) as run:
+        config = self.config(
+            model="mobius_signflip", pooling="polyphase", dropout=0.0, compile=True
+        )
+        with contextlib.closing(train.Run(config, verbose=False)) as run:
             for a, b in zip(*(self.gradients(run, f) for f in (run.compute, run.loss))):
                 self.assertClose(a, b, tolerance=1e-4)
             run.train(after_epoch=lambda: torch.compiler.set_stance("fail_on_recompile"))
