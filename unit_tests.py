@@ -1372,8 +1372,8 @@ class TestExport(Case):
 # ==================================================================================================
 # The runner. The longest files come first; the first one is short where bfloat16 is fast.
 
-LONGEST = ("test_benchmark", "test_train", "unit_tests", "test_checkpoints", "test_reproduce",
-           "test_fast", "test_equivariance", "test_visualize")
+LONGEST = ("test_benchmark", "test_gpu_path", "test_train", "unit_tests", "test_checkpoints",
+           "test_reproduce", "test_fast", "test_equivariance", "test_visualize")
 PATHS = [ROOT / "unit_tests.py", *ROOT.glob("tests/test_*.py")]
 PATHS.sort(key=lambda path: (*LONGEST, path.stem).index(path.stem))
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PATHS}

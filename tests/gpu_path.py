@@ -72,6 +72,9 @@ class TestGPUPath(RunsCase):
                         "warmup_epochs": 0,
                     }
                     few, run = self.waits(1, **options)
+                    environment = run.result["environment"]
+                    self.assertEqual(environment["device"], "pretended GPU")
+                    self.assertIn("tf32", environment)
                     saved = len(run.model.state_dict()), len(on_gpu(run.optimizer.state_dict()))
                     self.assertEqual(few, {
                         "copy to the device": 1 + bool(run.deform),  # order and deformations

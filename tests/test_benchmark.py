@@ -41,24 +41,36 @@ class TestBenchmark(FilesCase):
         def once(name, *arguments):  # each is a process of its own
             return measure(name, *arguments) if name == "mobius_regular" else 100.0
 
-        with mock.patch("benchmark.keep_freed_memory"), mock.patch("benchmark.peak_memory", once):
-            printed = self.run_main(*options)
+        with (
+            mock.patch("benchmark.keep_freed_memory"), mock.patch("benchmark.peak_memory", once),
+            mock.patch("benchmark.launches", return_value={"mobius_regular": {"fixed": 247}}),
+            mock.patch("torch.compile", lambda function, **_: function),
+        ):
+            printed = self.run_main(*options, "--compile")
         result = json.loads(out.read_text())
         rows = result["rows"]
         self.assertEqual(
-            [(row["model"], row["precision"]) for row in rows],
-            [("textbook CNN", "fp32"), ("mobius_regular", HALF)],
+            [(row["model"], row["precision"], row["compile"]) for row in rows],
+            [
+                ("textbook CNN", "fp32", False), ("mobius_regular", HALF, False),
+                ("mobius_regular", HALF, True),
+            ],
         )
+        self.assertIn(f"{HALF}, compiled", printed)
+        self.assertEqual([row["launches"] for row in rows], [None, 247, 247])
         self.assertEqual(set(result["matmul_gflop_per_second"]), {"fp32", HALF})
         for row in rows:
             self.assertIn(row["model"], printed)
-            for task in ("step", "infer"):
+            for task in ("step",) if row["compile"] else ("step", "infer"):
                 figures = row[task]
                 self.assertGreater(figures["min_ms"], 0)
                 self.assertAlmostEqual(figures["images_per_second"], 16000 / figures["median_ms"])
                 ratio = figures["median_ms"] / rows[0][task]["median_ms"]
                 self.assertAlmostEqual(figures["ratio"], ratio)
                 self.assertGreater(figures["matmul_share"], 0)
+            if row["compile"]:  # on a GPU only
+                self.assertIsNone(row["peak_memory_mb"])
+                continue
             self.assertGreater(row["peak_memory_mb"], 0)
             ratio = row["peak_memory_mb"] / rows[0]["peak_memory_mb"]
             self.assertAlmostEqual(row["memory_ratio"], ratio)

@@ -593,6 +593,8 @@ class TestTrain(RunsCase):
             self.assertEqual(train.select_device("auto").type, "cpu")
         with mock.patch("torch.cuda.is_available", return_value=True):
             self.assertEqual(train.select_device("auto").type, "cuda")
+            self.assertTrue(torch.backends.cudnn.benchmark)
+            self.assertFalse(torch.backends.cudnn.allow_tf32)
         self.assertFalse((self.folder / "logs").exists())
 
     def test_bounds(self):
