@@ -2,6 +2,10 @@
 
     python models.py        prints each model's class, number of parameters and first field types
 
+For a gauge CNN with other field types, add a row to `MODES` and a name to `MODELS`, at the end of
+this file. For an architecture of your own, add a class with the arguments of `CNN` and a name. All
+scripts then take the name.
+
 Source: arXiv:2106.06020, Section 5, Tables 4 and 5.
 """
 
