@@ -166,7 +166,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            check(entry.name, getattr(self, entry.name), entry.type, **entry.metadata)
+            value = getattr(self, entry.name)
+            check(entry.name, value, entry.type, **entry.metadata)
+            if entry.type is float:  # 1 and 1.0 are one setting
+                object.__setattr__(self, entry.name, float(value))
 
         def require(holds: bool, name: str, allowed: str) -> None:
             if not holds:
@@ -230,7 +233,9 @@ def check(name: str, value, kind: type, *, choices, bounds, **_) -> None:
     elif kind in (int, float):
         if kind is int:
             as_integer(value, name)
-        allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
+        allowed = " and ".join(
+            "finite" if bound == math.inf else f"{word} {bound}" for word, bound in bounds.items()
+        )
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         holds = is_number and all(  # nan fails every comparison
             COMPARISONS[word](value, bound) for word, bound in bounds.items()
