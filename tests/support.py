@@ -11,7 +11,9 @@ import sys
 import tempfile
 import time
 import unittest
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ import torch
 import convert_mnist
 import train
 from fields import gauge_transform, isometry_action
+from models import MODELS
 from tests.reference import TOLERANCE, features, on_blank_strip, rounded
 from training.environment import describe_environment
 from training.files import write_json
@@ -27,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A CPU without bfloat16 instructions takes ten times as long with it as with float32.
 HALF = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 COUNTS = collections.Counter()  # of what was survived
+# Kernels of one point: the same layers and files in a fraction of the time.
+SMALL_MODELS = {name: partial(model, kernel_size=1) for name, model in MODELS.items()}
 
 ROWS = [
     {
@@ -173,6 +178,8 @@ class Zygote:
     CODE = """
 import faulthandler, json, os, pathlib, signal, sys, traceback
 import convert_mnist, torch, train, reproduce
+from tests.support import MODELS, SMALL_MODELS
+MODELS.update(SMALL_MODELS)
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -243,7 +250,7 @@ for line in sys.stdin:
 
 
 class RunsCase(FilesCase):
-    """Runs of two epochs on a few digits, a fraction of a second each."""
+    """Runs of two epochs of small models on a few digits, a fraction of a second each."""
 
     DIGITS, BATCH = (8, 8), 4  # for training and test
 
@@ -251,6 +258,9 @@ class RunsCase(FilesCase):
         super().setUp()
         self.data = write_npz(self.folder / "digits.npz", *self.DIGITS)
         self.logs = self.folder / "logs"
+        small = mock.patch.dict(MODELS, SMALL_MODELS)
+        small.start()
+        self.addCleanup(small.stop)
 
     def config(self, **options):
         options = {
