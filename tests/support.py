@@ -83,16 +83,17 @@ class Case(unittest.TestCase):
 
     def assertIsometryEquivariant(self, layer, in_fields, out_fields, width, length, step=1):
         """Under shifts by multiples of `step`; the output moves by the shift / step."""
+        shifts = torch.arange(-step, 2 * length + 1, step)
         for make in (features, on_blank_strip):
             x = make(in_fields, width, length)
-            y = layer(rounded(x))
-            for shift in range(-step, 2 * length + 1, step):
-                self.assertClose(
-                    layer(rounded(isometry_action(x, shift, in_fields))),
-                    isometry_action(y, shift // step, out_fields),
-                    message=f"{make.__name__}, fields {in_fields} -> {out_fields}, "
-                            f"W x L = {width} x {length}, shift {shift}",
-                )
+            y = layer(rounded(x)).repeat_interleave(len(shifts), dim=0)
+            moves, x = shifts.repeat(len(x)), x.repeat_interleave(len(shifts), dim=0)
+            self.assertClose(
+                layer(rounded(isometry_action(x, moves, in_fields))),
+                isometry_action(y, moves // step, out_fields),
+                message=f"{make.__name__}, fields {in_fields} -> {out_fields}, "
+                        f"W x L = {width} x {length}, moved by {moves.tolist()}",
+            )
 
     def assertGaugeEquivariant(self, layer, in_fields, out_fields, width, length):
         """For a layer that acts at each point of its output in any frame alike."""
