@@ -1,5 +1,6 @@
 """What the tests of several files need: their base classes, small data, and processes."""
 
+import atexit
 import collections
 import contextlib
 import io
@@ -27,8 +28,6 @@ from training.environment import describe_environment
 from training.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-# A CPU without bfloat16 instructions takes ten times as long with it as with float32.
-HALF = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 COUNTS = collections.Counter()  # of what was survived
 # Kernels of one point: the same layers and files in a fraction of the time.
 SMALL_MODELS = {name: partial(model, kernel_size=1) for name, model in MODELS.items()}
@@ -217,7 +216,7 @@ for line in sys.stdin:
                 [sys.executable, "-c", cls.CODE], cwd=ROOT, stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
-            unittest.addModuleCleanup(cls._stop)
+            atexit.register(cls._stop)
         command = [module, list(map(str, arguments)), environment, str(output)]
         cls._process.stdin.write(json.dumps(command) + "\n")
         cls._process.stdin.flush()
@@ -228,7 +227,6 @@ for line in sys.stdin:
         cls._process.stdin.close()
         cls._process.stdout.close()
         cls._process.wait()
-        cls._process = None
 
     @staticmethod
     def wait(pid, output, seconds=30):
