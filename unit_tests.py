@@ -1027,9 +1027,9 @@ class TestInvariance(Case):
         torch.manual_seed(0)
 
     @staticmethod
-    def networks(dtype, modes=MODES, poolings=POOLINGS):
+    def networks(dtype, modes=MODES, poolings=POOLINGS, kernel_size=5):
         for mode, pooling in itertools.product(modes, poolings):
-            model = MobiusGaugeCNN(mode=mode, pooling=pooling, dtype=dtype)
+            model = MobiusGaugeCNN(kernel_size, mode=mode, pooling=pooling, dtype=dtype)
             yield mode, pooling, randomized_norms(model).eval()
 
     @staticmethod
@@ -1061,7 +1061,7 @@ class TestInvariance(Case):
 
     def test_float64_by_the_formulas(self):
         with fast.disabled():
-            for mode, pooling, network in self.networks(DOUBLE):
+            for mode, pooling, network in self.networks(DOUBLE, kernel_size=3):
                 with self.subTest(mode=mode, pooling=pooling):
                     self.assertInvariant(network, pooling, DOUBLE, every=5)
 
@@ -1104,7 +1104,8 @@ class TestInvariance(Case):
 
     def test_cnns_are_not_invariant(self):
         for name, pooling in itertools.product(("cnn_same_channels", "cnn_same_params"), POOLINGS):
-            network = randomized_norms(build_model(name, pooling=pooling, dtype=DOUBLE)).eval()
+            network = build_model(name, kernel_size=3, pooling=pooling, dtype=DOUBLE)
+            network = randomized_norms(network).eval()
             with self.subTest(name, pooling=pooling), self.assertRaises(AssertionError):
                 self.assertInvariant(network, pooling, DOUBLE, every=4)
 
@@ -1146,10 +1147,9 @@ class TestExport(Case):
         self.assertIsInstance(export(conv), nn.Sequential)
 
     def test_torch_export(self):
-        model, x = (
-            export(build_model("mobius_mixed", dtype=DOUBLE).eval()),
-            torch.rand(3, 1, 28, 28, dtype=DOUBLE),
-        )
+        fields, x = (1, 1, 1), features((1, 1, 1), 6, 8)
+        layers = MobiusConv(fields, fields, 3, dtype=DOUBLE), EquivNonlin(fields, dtype=DOUBLE)
+        model = export(randomized(nn.Sequential(*layers, MobiusPool(fields))))
         program = torch.export.export(model, (x,))
         self.assertClose(program.module()(x), model(x))
 
