@@ -227,12 +227,17 @@ class TestReproduce(RunsCase):
     def test_torchrun(self):
         """It ends all processes when one is killed; the next start finds what is left."""
         options = self.options("--num_epochs", "9", "--runs", "2")
+        script = self.folder / "reproduce_small.py"
+        script.write_text(
+            "import reproduce\nfrom tests.support import MODELS, SMALL_MODELS\n"
+            "MODELS.update(SMALL_MODELS)\nreproduce.main()"
+        )
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            ROOT / "reproduce.py", *options
+            script, *options,
         ]
         command = [str(c) for c in command]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                               env=environment) as process:
             watchdog = threading.Timer(100, process.kill)

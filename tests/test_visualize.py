@@ -15,9 +15,9 @@ import torch.nn.functional as F
 import train
 import visualize
 from fields import isometry_action
-from models import build_model
+from models import MODELS, build_model
 from study import figures, gradients, material
-from tests.support import ROOT, ROWS, FilesCase, not_installed, write_npz
+from tests.support import ROOT, ROWS, SMALL_MODELS, FilesCase, not_installed, write_npz
 from training.files import write_json
 from training.options import TRAIN_MODES
 
@@ -26,6 +26,10 @@ class TestVisualize(FilesCase):
     def setUp(self):
         super().setUp()
         torch.manual_seed(0)
+        for small in (mock.patch.dict(MODELS, SMALL_MODELS),
+                      mock.patch.multiple(visualize, DOTS=20, STRIP_LENGTH=30)):
+            small.start()
+            self.addCleanup(small.stop)
         self.data = write_npz(self.folder / "digits.npz")
         for option, model in visualize.NETWORKS.items():
             torch.save(build_model(model).state_dict(), self.folder / f"{option}.pt")
@@ -44,11 +48,6 @@ class TestVisualize(FilesCase):
             self.folder / "cnn.pt", "--results", self.folder / "results", "--out",
             self.folder / "pictures"
         ]
-        # Small ones.
-        for name, value in {"DOTS": 20, "STRIP_LENGTH": 30}.items():
-            patched = mock.patch.object(visualize, name, value)
-            patched.start()
-            self.addCleanup(patched.stop)
 
     def main(self, *arguments):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -75,7 +74,7 @@ class TestVisualize(FilesCase):
                     if name.startswith("pictures")}
 
         pictures_before = pictures_now()
-        self.main("steerable_kernels", "results", "strip", *self.options)
+        self.main("steerable_kernels", "results", *self.options)
         self.assertEqual(pictures_before, pictures_now())
         light, dark = (pictures_before[f"pictures/results{style}.svg"].lower()
                        for style in figures.STYLES)
