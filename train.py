@@ -120,7 +120,7 @@ class Run:
         self.model = build_model(config.model, **size, **config.network())
         if init is not None:
             network = load_network(init, {"model": config.model, **config.network()}).model
-            load_weights(self.model, network.state_dict(), init)
+            load_weights(self.model, network.state_dict(), init, config.model)
         self.model.to(self.device)
         self.random = random_states(self.device)
         self.optimizer = OPTIMIZERS[config.optimizer](

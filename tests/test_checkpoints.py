@@ -182,12 +182,12 @@ class TestCheckpoints(RunsCase):
             (changed(config=lambda c: c | {"speed": 1}), resume, ["speed"]),
             (changed(model=lambda m: {"a": torch.zeros(1)}), resume, ["does not fit"]),
             (changed(model=build_model("mobius_mixed").state_dict()), resume, ["does not fit"]),
-            (changed(optimizer={}), resume, ["does not fit", "begins anew"]),
-            (changed(result={}), resume, ["does not fit", "begins anew"]),
+            (changed(optimizer={}), resume, ["does not fit", "another folder"]),
+            (changed(result={}), resume, ["does not fit", "another folder"]),
             (changed(config=lambda c: c | {"data": 3}), resume, ["data must be a path"]),
             (changed(format=0), resume, ["no checkpoint"]),
             (changed(random={}), resume, ["does not fit"]),
-            (changed(data=lambda d: d | {"sha256": "0"}), resume, ["another"]),
+            (changed(data=lambda d: d | {"sha256": "0"}), resume, ["other data"]),
             (changed(device="cuda"), (*resume, "--device", "cpu"), ["--device cuda"]),
             (whole, (*resume, "--lr", "0.01"), ["lr 0.005, not 0.01"]),
             (whole, (*resume, "--model", "mobius_mixed"), ["mobius_regular, not mobius_mixed"]),
@@ -283,13 +283,17 @@ class TestCheckpoints(RunsCase):
         alone = self.folder / "alone.pt"
         shutil.copy(folder / "weights.pt", alone)
         before = self.files()
-        line = f"test error shifted {errors['shifted']:.2f} %, centered {errors['centered']:.2f} %"
+        shifted, centered = (
+            f"test error on 8 {version} digits: {errors[version]:.2f} %"
+            for version in ("shifted", "centered")
+        )
+        line = f"{shifted}\n{centered}\n"
         data = ("--data", self.data)
         self.assertIn(
             line, self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt")
         )
         self.assertIn(
-            "after 2 epochs",
+            "trained for 2 epochs",
             self.main(train, "--eval_only", "--checkpoint", folder / "checkpoint.pt"),
         )
         self.assertIn(
@@ -306,7 +310,8 @@ class TestCheckpoints(RunsCase):
             train, "--eval_only", "--checkpoint", folder / "checkpoint.pt", "--test_mode",
             "centered",
         )
-        self.assertIn(f"test error centered {errors['centered']:.2f} %", printed)
+        self.assertIn(centered, printed)
+        self.assertNotIn("shifted digits", printed)
         for arguments, contains in [
             ([], ["--checkpoint FILE"]),
             (["--checkpoint", self.folder / "nowhere.pt"], ["nowhere.pt", "No such file"]),

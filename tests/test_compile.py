@@ -39,7 +39,7 @@ class TestCompile(RunsCase):
     def test_same_numbers_compiled_once(self):
         """Neither another epoch nor the smaller last batch of an evaluation compiles anew."""
         config = self.config(
-            model="mobius_signflip", pooling="polyphase", dropout=0.0, compile=True
+            model="mobius_regular", pooling="polyphase", dropout=0.0, compile=True
         )
         with contextlib.closing(train.Run(config, verbose=False)) as run:
             for a, b in zip(*(self.gradients(run, f) for f in (run.compute, run.loss))):
@@ -48,7 +48,7 @@ class TestCompile(RunsCase):
             with self.assertRaisesRegex(RuntimeError, "recompile"):  # a negative control
                 run.compute(*(part[:self.BATCH // 2] for part in run.training_set))
         weights = torch.load(run.folder.path / "weights.pt", weights_only=True)
-        self.assertEqual(list(weights), list(build_model("mobius_signflip").state_dict()))
+        self.assertEqual(list(weights), list(build_model("mobius_regular").state_dict()))
 
     def test_resume(self):
         config = self.config(model="cnn_same_params", compile=True)

@@ -141,7 +141,7 @@ class TestInit(OwnDataCase):
         for options, message in [
             (["--model", "mobius_regular"], "holds a mobius_scalar"),
             (["--model", "mobius_scalar", "--data", self.write("grey.npz", channels=1)],
-             "other channels or classes"),
+             "these channels and classes"),
         ]:
             self.assertFails(
                 train.main, "--data", self.data, "--log_dir", self.logs, "--batch_size", "4",

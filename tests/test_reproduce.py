@@ -106,7 +106,7 @@ class TestReproduce(RunsCase):
             "lr_decay_factor": 3, "precision": "bf16", "test_mode": "shifted", "dataset": "digits",
             "pooling": "polyphase", "lr_schedule": "cosine", "warmup_epochs": 1, "deformation": 0.5,
             "stroke_width": 0.2, "scaling": 0.2, "dropout": 0.1, "label_smoothing": 0.1,
-            "optimizer": "muon", "sign_eps": 1e-8, "compile": True,
+            "optimizer": "muon", "sign_eps": 1e-8, "compile": True, "init": "weights.pt",
         }
         named = {"model", "train_mode", "seed", "eval_freq"}
         self.assertEqual(set(train.Config("mobius_mixed").protocol()) - named, set(other))

@@ -349,7 +349,7 @@ class TestTrain(RunsCase):
             contains=["leave out --recipe"],
         )
         self.assertIn(
-            "after 2 epochs", self.main(train, "--eval_only", "--checkpoint", path.parent)
+            "trained for 2 epochs", self.main(train, "--eval_only", "--checkpoint", path.parent)
         )
 
     def test_evaluation(self):

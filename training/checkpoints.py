@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from models import build_model, has_sign_flip_fields
-from training.data import CLASSES, Data
+from training.data import Data
 from training.environment import describe_environment
 from training.files import read_json
 from training.options import DEFAULTS, REPORTING, Config, names_of
@@ -195,14 +195,13 @@ def runs_of(config: Config, data: Data) -> dict[str, list[Path]]:
     }
 
 
-def load_weights(model: nn.Module, weights: dict, path) -> None:
-    """Load weights read from `path`. Raises ValueError naming it if they do not fit."""
+def load_weights(model: nn.Module, weights: dict, path, name: str) -> None:
+    """Load weights read from `path` into the model `name`. Raises ValueError if they do not fit."""
     try:
         model.load_state_dict(weights)
     except Exception as error:  # the file may hold anything
         raise ValueError(
-            f"{path} does not hold the weights of this {type(model).__name__}: another model, or "
-            "other channels or classes"
+            f"{path} does not hold the weights of a {name} with these channels and classes"
         ) from error
 
 
@@ -243,12 +242,18 @@ def load_network(path, options: dict) -> Trained:
     if options.get("model", stored.get("model")) != stored.get("model", options.get("model")):
         raise ValueError(f"{path} holds a {stored['model']}, not a {options['model']}")
     config = stored_config({"config": stored}, path, options)
-    data = result["data"] if result else {}
-    # Older results, of digits, have no shape and classes.
-    size = {"ch_in": data.get("shape", [1])[0], "classes": data.get("classes", CLASSES)}
-    model = build_model(config.model, **size, **config.network())
-    load_weights(model, weights, path)
+    model = build_model(config.model, **_size(weights), **config.network())
+    load_weights(model, weights, path, config.model)
     return Trained(model, config, result)
+
+
+def _size(weights: dict) -> dict:
+    """Input channels and classes of a network, from its first kernel and its last bias."""
+    try:
+        kernel, *_, bias = weights.values()
+        return {"ch_in": kernel.shape[1], "classes": bias.shape[0]}
+    except (ValueError, AttributeError, IndexError):
+        return {}  # they are no weights of these networks
 
 
 def _name(data: dict) -> str:
