@@ -16,7 +16,7 @@ import train
 import visualize
 from fields import isometry_action
 from models import MODELS, build_model
-from study import figures, gradients, material
+from study import figures, gradients, material, pretrained
 from tests.support import ROOT, ROWS, SMALL_MODELS, FilesCase, not_installed, write_npz
 from training.files import write_json
 from training.options import TRAIN_MODES
@@ -90,7 +90,7 @@ class TestVisualize(FilesCase):
             self.assertEqual(image.convert("RGBA").getpixel((0, 0))[3], 0)  # transparent
 
     def test_material(self):
-        """The networks that are given, or the latest of train.py, or new ones."""
+        """The networks that are given, or those that come with the code."""
         def material_of(**options):
             parser = visualize.command_line()
             return material.Material(
@@ -100,22 +100,10 @@ class TestVisualize(FilesCase):
                             cnn=self.folder / "cnn.pt", results=self.folder / "results")
         for option, model in visualize.NETWORKS.items():
             self.assertSameWeights(given.networks[model], self.folder / f"{option}.pt")
-        run = mock.Mock(model=build_model("mobius_regular"))
-        finished = {"stopped": [self.folder / "other"], "finished": []}
-        with mock.patch.object(material, "resumed_run", return_value=run) as resumed_run, \
-                mock.patch.object(material, "runs_of", return_value=finished), \
-                contextlib.redirect_stdout(io.StringIO()):
-            material_of(data=self.data, cnn=self.folder / "cnn.pt").networks
-            resumed_run.assert_called_once_with(
-                train.LATEST,
-                {"model": "mobius_regular", "dataset": "mnist", "data": str(self.data)})
-            run.train.assert_called_once()
-            run.close.assert_called_once()
-            finished["finished"].append(self.folder / "gauge_cnn.pt")
-            latest = material_of(data=self.data,
-                                 cnn=self.folder / "cnn.pt").networks["mobius_regular"]
-            resumed_run.assert_called_once()
-        self.assertSameWeights(latest, self.folder / "gauge_cnn.pt")
+        default = material_of(data=self.data, cnn=self.folder / "cnn.pt")
+        self.assertSameWeights(
+            default.networks["mobius_regular"], pretrained.FOLDER / "mobius_regular.pt"
+        )
         name = "mnist-mobius_regular-centered-seed0-precision_bf16.json"
         path = self.folder / "results" / "runs" / name
         result = json.loads(path.read_text())
