@@ -14,7 +14,6 @@ from unittest import mock
 import numpy as np
 import torch
 
-import convert_mnist
 import train
 from fields import isometry_action
 from models import build_model
@@ -345,24 +344,24 @@ class TestCheckpoints(RunsCase):
         """As of digits moved one by one. A gauge CNN's repeat every 4 columns, with polyphase
         pooling every column.
         """
-        images, labels = (part[:4] for part in load_dataset(self.data)["test_centered"])
-        model = randomized(build_model("mobius_regular", kernel_size=3))
-        predictions = train.predict_at_every_shift(model, images)
-        self.assertEqual(predictions.shape, (56, len(labels)))
-        for shift in (0, 3, 28, 55):
-            moved = convert_mnist.Split(isometry_action(images, shift, (1, 0, 0)), labels)
-            error = 100 * (predictions[shift] != labels).double().mean().item()
-            self.assertAlmostEqual(error, train.evaluate(model, moved)[1])
-        for phase in range(4):
-            self.assertTrue((predictions[phase::4] == predictions[phase]).all())
-        ours = build_model("mobius_regular", pooling="polyphase", kernel_size=3)
-        ours.load_state_dict(model.state_dict())
-        predictions = train.predict_at_every_shift(ours, images)
-        self.assertTrue((predictions == predictions[0]).all())
-        cnn = randomized(build_model("cnn_same_params", pooling="polyphase", kernel_size=3))
-        with torch.no_grad():
-            cnn.classifier[7].bias.zero_()
-            logits = cnn.eval()(images)
-            cnn.classifier[7].bias.copy_(-logits.mean(0))  # or it sees the same class in everything
-        predictions = train.predict_at_every_shift(cnn, images)
-        self.assertFalse((predictions[::4] == predictions[0]).all())
+        images = load_dataset(self.data)["test_centered"].images[:4]
+
+        def predictions(name, pooling):
+            """Of a random network whose logits have mean 0, or it sees one class in everything."""
+            model = randomized(build_model(name, pooling=pooling, kernel_size=3)).eval()
+            with torch.no_grad():
+                model.classifier[7].bias -= model(images).mean(0)
+            predicted = train.predict_at_every_shift(model, images)
+            for shift in (0, 3, 28, 55):
+                moved = isometry_action(images, shift, (1, 0, 0))
+                self.assertTrue(torch.equal(predicted[shift], train.predict(model, moved)))
+            self.assertEqual(predicted.shape, (56, 4))
+            self.assertGreater(len(predicted.unique()), 1)
+            return predicted
+
+        fixed = predictions("mobius_regular", "fixed")
+        self.assertTrue((fixed.view(14, 4, 4) == fixed[:4]).all())
+        polyphase = predictions("mobius_regular", "polyphase")
+        self.assertTrue((polyphase == polyphase[0]).all())
+        cnn = predictions("cnn_same_params", "polyphase")
+        self.assertFalse((cnn[::4] == cnn[0]).all())
