@@ -16,7 +16,7 @@ import train
 import visualize
 from fields import isometry_action
 from models import MODELS, build_model
-from study import figures, gradients, material, pretrained
+from study import figures, gradients, material
 from tests.support import ROOT, ROWS, SMALL_MODELS, FilesCase, not_installed, write_npz
 from training.files import write_json
 from training.options import TRAIN_MODES
@@ -100,10 +100,11 @@ class TestVisualize(FilesCase):
                             cnn=self.folder / "cnn.pt", results=self.folder / "results")
         for option, model in visualize.NETWORKS.items():
             self.assertSameWeights(given.networks[model], self.folder / f"{option}.pt")
-        default = material_of(data=self.data, cnn=self.folder / "cnn.pt")
-        self.assertSameWeights(
-            default.networks["mobius_regular"], pretrained.FOLDER / "mobius_regular.pt"
-        )
+        own = self.folder / "mobius_regular.pt"
+        shutil.copy(self.folder / "gauge_cnn.pt", own)
+        with mock.patch.object(material, "PRETRAINED", self.folder):
+            networks = material_of(data=self.data, cnn=self.folder / "cnn.pt").networks
+        self.assertSameWeights(networks["mobius_regular"], own)
         name = "mnist-mobius_regular-centered-seed0-precision_bf16.json"
         path = self.folder / "results" / "runs" / name
         result = json.loads(path.read_text())
@@ -164,7 +165,8 @@ class TestVisualize(FilesCase):
         self.assertEqual([curve["config"]["sign_eps"] for curve in content["curves"]], [0.0, 1e-8])
         for curve in content["curves"]:
             torch.manual_seed(0)
-            model = build_model("mobius_signflip", sign_eps=curve["config"]["sign_eps"])
+            sign_eps = curve["config"]["sign_eps"]
+            model = build_model("mobius_signflip", sign_eps=sign_eps, classes=data.classes)
             images, labels = data.splits["train_centered"]
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:4]
             F.cross_entropy(model(images[order]), labels[order]).backward()
