@@ -3,12 +3,16 @@
     python benchmark.py                                      # all seven, float32 and bfloat16
     python benchmark.py --models mobius_regular --precision fp32 --device cpu
     python benchmark.py --pooling                            # instead: what polyphase pooling costs
+    python benchmark.py --device cuda --compile --out results/benchmark_gpu.json    # docs/gpu.md
 
 The *textbook CNN* has the architecture of cnn_same_channels in plain torch.nn: Conv2d(padding=2),
 ELU, MaxPool2d, in float32, eager, in the default memory format. All run in one process and take
 turns, so that what else the machine does falls on all of them alike: in each round a model computes
 three times, of which the last two count; figures are medians over the rounds. On a CPU, peak memory
 is measured in a process of its own for each.
+
+Launches are those of a training step by the formulas on a GPU, forward and backward, as
+training/pretended_gpu.py counts them without one.
 """
 
 import contextlib
@@ -31,12 +35,14 @@ from models import FEATURES, MODELS, POOLINGS, build_classifier, build_model
 from nn_layers import MobiusConv
 from fast import keep_freed_memory
 from training.data import CLASSES
-from training.environment import describe_environment, select_device
+from training.environment import compiled, describe_environment, select_device
 from training.files import CommandLine, write_atomically
+from training.optimization import OPTIMIZERS
 from training.options import DEVICES, PRECISIONS
 
 TEXTBOOK = "textbook CNN"
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
 
 
 class TextbookCNN(nn.Module):
@@ -67,25 +73,29 @@ class Candidate:
 
     def __init__(
         self, name: str, precision: str, batch_size: int, device: torch.device,
-        pooling: str = "fixed",
+        pooling: str = "fixed", compile: bool = False,
     ) -> None:
-        self.name, self.precision, self.device = name, precision, device
+        self.name, self.precision, self.device, self.compile = name, precision, device, compile
         torch.manual_seed(0)
         model = TextbookCNN() if name == TEXTBOOK else build_model(name, pooling=pooling)
         self.model = model.to(device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=5e-3, weight_decay=1e-6)
+        self.optimizer = OPTIMIZERS["adam"](self.model, lr=5e-3, weight_decay=1e-6)
         self.images = torch.rand(batch_size, 1, WIDTH, LENGTH, device=device)
         self.labels = torch.randint(CLASSES, (batch_size,), device=device)
+        self.compute = compiled(self._loss, device) if compile else self._loss
 
     def _logits(self) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.model(self.images)
 
+    def _loss(self) -> torch.Tensor:
+        return F.cross_entropy(self._logits().float(), self.labels)
+
     def step(self) -> None:
         """One step of training, as train.py takes it."""
         self.model.train()
         self.optimizer.zero_grad()
-        F.cross_entropy(self._logits().float(), self.labels).backward()
+        self.compute().backward()
         self.optimizer.step()
 
     @torch.no_grad()
@@ -125,8 +135,9 @@ def seconds(function, device: torch.device) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def matmul_rate(precision: str, device: torch.device, size: int = 2048) -> float:
+def matmul_rate(precision: str, device: torch.device, size: int | None = None) -> float:
     """Floating point operations per second of torch.matmul on two square matrices."""
+    size = size or (2048 if device.type == "cpu" else 8192)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = [seconds(lambda: a @ b, device) for _ in range(12)]
@@ -152,11 +163,15 @@ def measure(
     to that of torch.matmul. It exceeds 1 where the former are the work of a faster library, or take
     less arithmetic.
     """
-    rows = [{"model": c.name, "precision": c.precision} for c in candidates]
+    rows = [{"model": c.name, "precision": c.precision, "compile": c.compile} for c in candidates]
     # Inference first, when nothing changes the weights between two rounds.
     for task, flop in (("infer", 1), ("step", 3)):
-        times = take_turns(candidates, task, rounds)
-        for row, candidate, collected in zip(rows, candidates, times):
+        measured = [  # inference is not compiled
+            (row, candidate) for row, candidate in zip(rows, candidates)
+            if task == "step" or not candidate.compile
+        ]
+        times = take_turns([candidate for _, candidate in measured], task, rounds)
+        for (row, candidate), collected in zip(measured, times):
             row[task] = summary(collected, batch_size)
             row[task]["ratio"] = statistics.median(collected) / statistics.median(times[0])
             rate = flop * candidate.conv_flop() / statistics.median(collected)
@@ -205,18 +220,29 @@ def take_turns(candidates: list[Candidate], task: str, rounds: int) -> list[list
     return times
 
 
-def peak_memory(name: str, precision: str, batch_size: int, device: torch.device) -> float | None:
+def launches(models: list[str]) -> dict[str, dict[str, int]]:
+    """Launches of a training step of each model with each pooling; {} if PyTorch cannot count."""
+    command = [sys.executable, "-m", "training.pretended_gpu", *models]
+    output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return {} if output.returncode else json.loads(output.stdout)
+
+
+def peak_memory(
+    name: str, precision: str, batch_size: int, device: torch.device, compile: bool = False
+) -> float | None:
     """MB that three training steps take at most: of the GPU, or of a process of its own.
 
     What was in use before does not count.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
-        candidate = Candidate(name, precision, batch_size, device)
+        candidate = Candidate(name, precision, batch_size, device, compile=compile)
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(3):
             candidate.step()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if compile:  # the compiler's own memory would count
+        return None
     command = [
         sys.executable, __file__, "--memory_of", name, "--precision", precision,
         "--batch_size", str(batch_size),
@@ -252,15 +278,19 @@ def _print_memory_of(name: str, precision: str, batch_size: int) -> None:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        f"{'':32}{'training step':^40}   {'inference':^36}",
-        f"{'model':18} {'precision':10}   {'ms':>7} {'quartiles':>13} {'ratio':>6} {'images/s':>9} "
+        f"{'':41}{'training step':^40}   {'inference':^36}",
+        f"{'model':18} {'precision':19}   {'ms':>7} {'quartiles':>13} {'ratio':>6} {'images/s':>9} "
         f"  {'ms':>7} {'quartiles':>13} {'ratio':>6} {'images/s':>9} "
-        f"  {'peak MB':>8} {'ratio':>6}   matmul share",
+        f"  {'peak MB':>8} {'ratio':>6}   matmul share   launches",
     ]
     for row in rows:
-        line = f"{row['model']:18} {row['precision']:10}"
+        precision = row["precision"] + ", compiled" * row["compile"]
+        line = f"{row['model']:18} {precision:19}"
         for task in ("step", "infer"):
-            figures = row[task]
+            figures = row.get(task)
+            if figures is None:
+                line += " " * 41
+                continue
             quartiles = "{:.0f} … {:.0f}".format(*figures["quartiles_ms"])
             line += (
                 f"   {figures['median_ms']:7.1f} {quartiles:>13} {figures['ratio']:6.2f}"
@@ -271,7 +301,9 @@ def table(rows: list[dict]) -> str:
             f"   {memory:8.0f} {row['memory_ratio']:6.2f}"
             if memory and row["memory_ratio"] else f"   {'':8} {'':6}"
         )
-        lines.append(f"{line}   {row['step']['matmul_share']:8.2f}")
+        lines.append(
+            f"{line}   {row['step']['matmul_share']:12.2f}   {row['launches'] or '':>8}"
+        )
     return "\n".join(lines)
 
 
@@ -299,6 +331,9 @@ def command_line() -> CommandLine:
         help="compare polyphase with fixed pooling, and nothing else",
     )
     parser.add_argument(
+        "--compile", action="store_true", help="also training steps under torch.compile"
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="FILE",
         help="(results/benchmark.json; with --pooling results/benchmark_pooling.json)",
     )
@@ -315,13 +350,19 @@ def compare(options, device: torch.device) -> dict:
     for precision, rate in rates.items():
         print(f"matrix multiplication, {precision}: {rate / 1e9:.0f} GFLOP/s", flush=True)
     new = partial(Candidate, batch_size=options.batch_size, device=device)
-    candidates = [
-        new(TEXTBOOK, "fp32"), *(new(m, p) for p in options.precision for m in options.models),
-    ]
+    candidates = [new(TEXTBOOK, "fp32")]
+    for compile in (False, True) if options.compile else (False,):
+        candidates += [
+            new(m, p, compile=compile) for p in options.precision for m in options.models
+        ]
+    # They share the cache of `Candidate._loss`, of 8 versions by default.
+    torch._dynamo.config.recompile_limit = len(candidates)
     rows = measure(candidates, options.rounds, options.batch_size, rates)
+    counts = launches(options.models)
     for row in rows:
+        row["launches"] = counts.get(row["model"], {}).get("fixed")
         row["peak_memory_mb"] = peak_memory(
-            row["model"], row["precision"], options.batch_size, device
+            row["model"], row["precision"], options.batch_size, device, row["compile"]
         )
         memory, reference = row["peak_memory_mb"], rows[0]["peak_memory_mb"]
         row["memory_ratio"] = memory / reference if memory and reference else None

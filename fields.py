@@ -38,6 +38,11 @@ class Fields(NamedTuple):
         return sum(m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, self))
 
 
+def scalars(images: Tensor) -> Fields:
+    """The fields of images, in which each channel is a scalar."""
+    return Fields(images.shape[1], 0, 0)
+
+
 class Representation(NamedTuple):
     """A field type.
 
@@ -113,7 +118,9 @@ def as_fields(fields, name: str = "fields") -> Fields:
 
 
 def check_strip(x: Tensor) -> None:
-    """Raise ValueError unless `x` is 4-d with a width and a length."""
+    """Raise ValueError unless `x` is a 4-d tensor with a width and a length."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"expected a torch.Tensor (N, C, W, L), got {type(x).__name__}")
     if x.ndim != 4 or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(
             f"expected a 4-d tensor (N, C, W, L) with W, L >= 1, got shape {tuple(x.shape)}"
@@ -128,6 +135,13 @@ def check_features(x: Tensor, fields: Fields) -> None:
             f"expected {fields.channels} channels for fields {tuple(fields)}, "
             f"got shape {tuple(x.shape)}"
         )
+
+
+def check_input(x: Tensor, fields: Fields) -> None:
+    """`check_features` for the input of a layer, which is floating point."""
+    check_features(x, fields)
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"expected floating point numbers, got {x.dtype}: take x.float()")
 
 
 # --------------------------------------------------------------------------------------------------

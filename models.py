@@ -2,6 +2,10 @@
 
     python models.py        prints each model's class, number of parameters and first field types
 
+For a gauge CNN with other field types, add a row to `MODES` and a name to `MODELS`, at the end of
+this file. For an architecture of your own, add a class with the arguments of `CNN` and a name. All
+scripts then take the name.
+
 Source: arXiv:2106.06020, Section 5, Tables 4 and 5.
 """
 
@@ -14,7 +18,10 @@ from torch import Tensor
 
 import fast
 from fields import Fields, as_integer, check_strip
-from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, as_sign_eps
+from nn_layers import (
+    EquivBatchNorm, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, MobiusSequential,
+    as_sign_eps,
+)
 from polyphase import PolyphasePool
 
 # Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as
@@ -87,7 +94,7 @@ class MobiusGaugeCNN(nn.Module):
             return layers if fields.sign else layers[::-1]
 
         f1, f2, f3, f4, f5 = (Fields(*(n * m for m in MODES[mode])) for n in (4, 8, 16, 32, 64))
-        self.mobius_cnn = nn.Sequential(
+        self.mobius_cnn = MobiusSequential(
             conv((ch_in, 0, 0), f1), nonlin(f1),
             conv(f1, f2), *nonlin_pool(f2),
             conv(f2, f3), nonlin(f3),
@@ -98,7 +105,7 @@ class MobiusGaugeCNN(nn.Module):
         self.classifier = build_classifier(classes, factory, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_images(x, self.pooling)
+        check_images(x, self.pooling)
         return self.classifier(self.mobius_cnn(fast.channels_last(x)).amax(dim=(2, 3)))
 
 
@@ -157,7 +164,7 @@ class CNN(nn.Module):
         self.classifier = build_classifier(classes, factory, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_images(x, self.pooling)
+        check_images(x, self.pooling)
         return self.classifier(self.cnn(fast.channels_last(x)).amax(dim=(2, 3)))
 
 
@@ -183,7 +190,8 @@ def _check(ch_in: int, classes: int, pooling: str) -> None:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
 
 
-def _check_images(images: Tensor, pooling: str) -> None:
+def check_images(images: Tensor, pooling: str) -> None:
+    """Raise ValueError unless a network with this pooling can take these images."""
     check_strip(images)
     if pooling == "polyphase" and images.shape[3] % 4:
         raise ValueError(
@@ -235,16 +243,15 @@ def export(model: nn.Module) -> nn.Module:
 
     Returns:
         A copy with weights of its own, in the same mode (training or evaluation). Layers for which
-        torch.nn has no
-        counterpart stay what they are: pooling (it goes on over the cut), and nonlinearities of
-        sign-flip fields.
+        torch.nn has no counterpart stay what they are: pooling (it goes on over the cut),
+        nonlinearities of sign-flip fields, and batch normalisation in training mode.
     """
     # In a list, since the model itself can be one such layer.
     exported = copy.deepcopy(nn.ModuleList([model]))
     replaced = {}  # a layer that is used twice is exported once
     for module in list(exported.modules()):
         for name, child in module._modules.items():
-            if isinstance(child, (MobiusConv, MobiusConvNaive, EquivNonlin)):
+            if isinstance(child, (MobiusConv, MobiusConvNaive, EquivNonlin, EquivBatchNorm)):
                 if child not in replaced:
                     replaced[child] = child.export()
                 module._modules[name] = replaced[child]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fast
 from fast import accelerated
-from fields import Fields, sample_norms
+from fields import Fields, check_input, sample_norms
 from nn_layers import MobiusPool, strip_pool
 
 
@@ -47,12 +47,9 @@ class PolyphasePool(MobiusPool):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
-        return polyphase_pool(x, self.in_fields)
-
-    def check_input(self, x: Tensor) -> None:
-        super().check_input(x)
+        check_input(x, self.in_fields)
         if x.shape[3] % 2:
             raise ValueError(
                 f"polyphase pooling needs an even length L, got shape {tuple(x.shape)}"
             )
+        return polyphase_pool(x, self.in_fields)

@@ -96,7 +96,7 @@ def command_line() -> CommandLine:
     add("--error_against_shift", action="store_true",
         help="test finished networks on digits moved by each isometry, train nothing; "
              "writes error_against_shift.json")
-    add_train_options(parser, "model", "train_mode", "seed", "log_dir", **OTHER_DEFAULTS)
+    add_train_options(parser, "model", "init", "train_mode", "seed", "log_dir", **OTHER_DEFAULTS)
     return parser
 
 

@@ -24,22 +24,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convert_mnist import LENGTH, SCALAR, Split
+from convert_mnist import Split
 from fast.memory import keep_freed_memory
-from fields import isometry_action
+from fields import isometry_action, scalars
 from models import build_model, count_parameters
 from training.augmentation import RandomDeformation
 from training.checkpoints import (
-    BadCheckpoint, check_same_run, find_checkpoint, load_network, new_result, read_checkpoint,
-    runs_of, stored_config,
+    BadCheckpoint, check_same_run, find_checkpoint, load_network, load_weights, new_result,
+    read_checkpoint, runs_of, stored_config,
 )
 from training.data import Data, batches, find_data
 from training.environment import compiled, random_states, select_device, set_random_states
-from training.events import summary_writer
+from training.events import save_error_against_shift, summary_writer
 from training.files import CommandLine, say
-from training.optimization import OPTIMIZERS
+from training.optimization import OPTIMIZERS, restore
 from training.options import Config, add_train_options, follow_recipe, names_of
-from training.report import end_events, progress, report_epoch, report_finished, reported
+from training.report import (
+    describe_trained, end_events, progress, report_epoch, report_finished, reported,
+)
 from training.run_folder import Busy, RunFolder, new_folder
 
 EVAL_BATCH_SIZE = 500
@@ -94,12 +96,13 @@ class Run:
             )
         if config.tensorboard:
             summary_writer()  # fails before the folder is made
-        if folder is None:
+        is_new = folder is None
+        self._initialise(data, config.init if is_new else None)
+        if is_new:
             stem = f"{config.digits}-{config.model}-{config.train_mode}-seed{config.seed}"
             folder = new_folder(config.log_dir, stem)
         self.folder, self.events = RunFolder(folder, verbose=verbose), None
         try:
-            self._initialise(data)
             # This process holds the folder's lock: no other one replaces the checkpoint now.
             path = self.folder.path / "checkpoint.pt"
             if path.exists():
@@ -108,18 +111,25 @@ class Run:
             self.close()
             raise
 
-    def _initialise(self, data: Data) -> None:
+    def _initialise(self, data: Data, init) -> None:
         config = self.config
         torch.manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)
         # Initialised on the CPU: a seed gives the same weights on every device.
-        self.model = build_model(config.model, **config.network()).to(self.device)
+        size = {"ch_in": data.shape[0], "classes": data.classes}
+        self.model = build_model(config.model, **size, **config.network())
+        if init is not None:
+            network = load_network(init, {"model": config.model, **config.network()}).model
+            load_weights(self.model, network.state_dict(), init, config.model)
+        self.model.to(self.device)
         self.random = random_states(self.device)
         self.optimizer = OPTIMIZERS[config.optimizer](
             self.model, lr=config.lr, weight_decay=config.weight_decay
         )
         amounts = config.deformation, config.stroke_width, config.scaling
-        self.deform = RandomDeformation(*amounts, device=self.device) if any(amounts) else None
+        self.deform = None
+        if any(amounts):
+            self.deform = RandomDeformation(*amounts, size=data.shape[1:], device=self.device)
         digits = len(self.training_set.labels), len(self.centered_test_set.labels)
         self.compute = compiled(self.loss, self.device) if config.compile else self.loss
         parameters = count_parameters(self.model)
@@ -263,10 +273,8 @@ class Run:
         check_same_run(checkpoint, path, self.config, self.result["data"], self.device)
         environment = self.result["environment"]
         try:
+            restore(self.optimizer, checkpoint["optimizer"])
             self.model.load_state_dict(checkpoint["model"])
-            # The optimizer's settings are those of the configuration.
-            state = {"state": checkpoint["optimizer"]["state"]}
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | state)
             self.random = dict(checkpoint["random"])
             self.order.set_state(self.random.pop("order"))
             set_random_states(self.random)
@@ -277,8 +285,8 @@ class Run:
         except Exception as error:  # the file may hold anything
             reason = " ".join(str(error).split())[:200]
             raise BadCheckpoint(
-                f"{path} does not fit its own configuration ({reason}): "
-                "delete it, and the run begins anew"
+                f"{path} does not fit this version's {self.config.model} and "
+                f"{self.config.optimizer} ({reason}): a new run begins in another folder"
             ) from error
 
 
@@ -317,15 +325,22 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 def predict_at_every_shift(model: nn.Module, images: Tensor) -> Tensor:
     """Predicted classes of images moved by each of the 2L isometries, int64 (2L, n)."""
     return torch.stack([
-        predict(model, isometry_action(images, shift, SCALAR)) for shift in range(2 * LENGTH)
+        predict(model, isometry_action(images, shift, scalars(images)))
+        for shift in range(2 * images.shape[3])
     ])
 
 
-def evaluate_checkpoint(path, options: dict) -> str:
+def evaluate_checkpoint(path, options: dict, every_shift: bool = False, out=None) -> str:
     """Test the network in a checkpoint.pt or a file of weights.
 
+    Args:
+        path: as `load_network` takes it.
+        options: of `Config`, in place of the file's own.
+        every_shift: test on digits moved by each of the 2L isometries.
+        out: file for a PNG with the error at each shift.
+
     Returns:
-        A line with its test errors.
+        Lines with its test errors.
 
     Raises:
         ValueError, OSError: for a file, an option or data that do not fit.
@@ -338,18 +353,32 @@ def evaluate_checkpoint(path, options: dict) -> str:
         raise ValueError("--eval_only takes a --checkpoint FILE")
     if "dataset" in options:  # the file may name an npz
         options = {"data": None, "mnist_root": None} | options
-    model, config, trained = load_network(path, options)
+    model, config, result = load_network(path, options)
     device = select_device(config.device)
     data = find_data(config, device)
     model.to(device)
-    splits = {version: data.splits[f"test_{version}"] for version in config.test_versions}
-    errors = [f"{version} {evaluate(model, split)[1]:.2f} %" for version, split in splits.items()]
-    digits = len(data.splits["test_centered"].labels)
-    sign_eps = f", sign_eps {config.sign_eps}" if config.sign_eps else ""
-    return (
-        f"{config.model}, {config.pooling} pooling{sign_eps}{trained}, "
-        f"{digits:,} test digits of {data.file}: test error {', '.join(errors)}"
+    images, labels = data.splits["test_centered"]
+    classes = model.eval()(images[:1]).shape[1]
+    if data.classes > classes:
+        raise ValueError(f"{data.file} has {data.classes} classes, {path} only {classes}")
+    lines = [describe_trained(config, result, data)]
+    if not every_shift:
+        for version in config.test_versions:
+            _, error = evaluate(model, data.splits[f"test_{version}"])
+            lines.append(f"test error on {len(labels):,} {version} digits: {error:.2f} %")
+        return "\n".join(lines)
+    predictions = predict_at_every_shift(model, images)
+    errors = (100 * (predictions != labels).double().mean(1)).tolist()
+    changed = int((predictions != predictions[0]).sum())
+    lines += ["shift   test error in %", *(f"{t:5}   {e:.2f}" for t, e in enumerate(errors))]
+    lines.append(
+        f"mean {sum(errors) / len(errors):.2f} %; {changed:,} of {predictions.numel():,} predictions "
+        f"({100 * changed / predictions.numel():.4f} %) are not those at shift 0"
     )
+    if out is not None:
+        save_error_against_shift(errors, config, out)
+        lines.append(f"wrote {out}")
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -391,6 +420,13 @@ def command_line() -> CommandLine:
         "eval_only", "test the network of --checkpoint, train nothing", action="store_true"
     )
     parser.option(
+        "every_shift", "with --eval_only: test on digits moved by each isometry",
+        action="store_true",
+    )
+    parser.option(
+        "out", "with --every_shift: draw the error at each shift into this PNG", metavar="FILE"
+    )
+    parser.option(
         "checkpoint", "a run's folder, or the checkpoint.pt or weights.pt in it; or other weights, "
         "with --model and whatever differs from the defaults", metavar="FILE",
     )
@@ -401,7 +437,10 @@ def main(argv=None) -> None:
     parser = command_line()
     options = vars(parser.parse_args(argv))
     resume, checkpoint = options.pop("resume", None), options.pop("checkpoint", None)
-    eval_only = options.pop("eval_only", False)
+    eval_only, every_shift = options.pop("eval_only", False), options.pop("every_shift", False)
+    out = options.pop("out", None)
+    if every_shift and not eval_only or out is not None and not every_shift:
+        parser.error("--out goes with --every_shift, and --every_shift with --eval_only")
     if "model" not in options and not eval_only and resume in (None, LATEST):
         parser.error("the following arguments are required: --model")
     if resume not in (None, LATEST) and "recipe" in options:
@@ -411,7 +450,7 @@ def main(argv=None) -> None:
     keep_freed_memory()
     try:
         if eval_only:
-            return say(evaluate_checkpoint(checkpoint, options))
+            return say(evaluate_checkpoint(checkpoint, options, every_shift, out))
         options = follow_recipe(options)
         run = Run(Config(**options)) if resume is None else resumed_run(resume, options)
         with contextlib.closing(run):

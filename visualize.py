@@ -7,8 +7,7 @@
 A picture that contains text is drawn twice, for light and dark pages: NAME and NAME-dark, as .svg,
 or as .png where it shows pixels.
 
-`equivariance` looks into two trained networks: those of --gauge_cnn and --cnn, or of the latest
-finished runs in logs/ with nothing but train.py's defaults. If there are none, it trains them.
+`equivariance` looks into two trained networks: those of --gauge_cnn and --cnn, or of pretrained/.
 `gradient_norm` trains two networks for two epochs if results/gradient_norms.json is missing.
 """
 
@@ -142,15 +141,14 @@ def command_line() -> CommandLine:
     add("names", nargs="*", metavar="NAME",
         help="pictures to draw, all unless some are named: " + ", ".join(PICTURES))
     add("--dataset", choices=SOURCES, default="mnist",
-        help="digits to draw, and those of the networks of `equivariance` (%(default)s); "
-             "results are those on MNIST")
+        help="digits to draw (%(default)s); results are those on MNIST")
     add("--data", metavar="FILE", help="an npz to use instead")
     add("--mnist_root", metavar="FOLDER",
         help="folder with MNIST's four files, for making the npz; without it they are downloaded")
     add("--gauge_cnn", metavar="FILE",
         help=f"a trained {NETWORKS['gauge_cnn']}: a run's folder, or its checkpoint.pt or "
-             "weights.pt")
-    add("--cnn", metavar="FILE", help=f"a trained {NETWORKS['cnn']}")
+             "weights.pt (that in pretrained/)")
+    add("--cnn", metavar="FILE", help=f"a trained {NETWORKS['cnn']} (that in pretrained/)")
     add("--results", default=str(RESULTS), metavar="FOLDER", help="of the results (results)")
     add("--out", default=str(FOLDER), metavar="FOLDER", help="for the pictures (visualizations)")
     return parser

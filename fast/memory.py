@@ -16,9 +16,8 @@ def channels_last(images: Tensor) -> Tensor:
     https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
     """
     kind = images.device.type
-    if images.ndim != 4 or not (
-        is_plain(images) or kind != "cpu" and torch.is_autocast_enabled(kind)
-    ):
+    on_gpu_in_bfloat16 = kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind)
+    if images.ndim != 4 or not (is_plain(images) or on_gpu_in_bfloat16):
         return images
     # A copy: the strides of one channel fit both formats, and later layers would use the default.
     return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)

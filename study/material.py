@@ -1,6 +1,5 @@
 """What the pictures are drawn from: digits, networks and results."""
 
-import contextlib
 from functools import cached_property
 from pathlib import Path
 
@@ -13,11 +12,11 @@ from models import MODELS, build_model
 from nn_layers import MobiusConv
 from study.features import NetworkFeatures, features_and_shift
 from study.gradients import EPOCHS, FORMAT, measure_gradient_norms
+from study.pretrained import FOLDER as PRETRAINED
 from study.runs import OTHER_DEFAULTS, Study, read_results_file
 from study.shifts import read_error_against_shift
 from study.table import PAPER_RUNS, Cell
-from train import LATEST, resumed_run
-from training.checkpoints import load_network, runs_of
+from training.checkpoints import load_network
 from training.data import Data, find_data
 from training.files import say, write_json
 from training.options import PRECISIONS, TRAIN_MODES, Config
@@ -87,25 +86,10 @@ class Material:
         """Trained networks by name, in float64: a difference between features is no rounding."""
         networks = {}
         for option, model in NETWORKS.items():
-            file = getattr(self.options, option)
-            if file is None:
-                network = self._trained(model)
-            else:
-                network = load_network(file, {"model": model})[0]
-            networks[model] = network.cpu().double().eval()
+            file = getattr(self.options, option) or PRETRAINED / f"{model}.pt"
+            network = load_network(file, {"model": model}).model
+            networks[model] = network.double().eval()
         return networks
-
-    def _trained(self, model: str) -> torch.nn.Module:
-        """The network of the latest finished run, or of a new one."""
-        options = self.train_options(model=model)
-        config = Config(**options)
-        finished = runs_of(config, self.data)["finished"]
-        if finished:
-            return load_network(finished[-1], {"model": model})[0]
-        say(f"there is no finished run of {model} in {config.log_dir}: this one is trained first")
-        with contextlib.closing(resumed_run(LATEST, options)) as run:
-            run.train()
-        return run.model
 
     @cached_property
     def shifted_wrongly(self) -> Tensor:

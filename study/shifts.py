@@ -8,7 +8,7 @@ import torch
 from convert_mnist import LENGTH
 from study.runs import Study, read_results_file, run_name, settings_not_in_paper
 from train import predict_at_every_shift
-from training.checkpoints import read_weights, trained_model
+from training.checkpoints import load_network
 from training.data import Data
 from training.environment import describe_environment
 from training.files import say, write_json
@@ -53,7 +53,7 @@ def measure_error_against_shift(study: Study, data: Data, device: torch.device) 
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         if any((row["run"], row["weights"]) == (name, digest) for row in rows):
             continue
-        model = trained_model(config, read_weights(weights), weights)
+        model = load_network(weights, config.network()).model
         images, labels = data.splits["test_centered"]
         predictions = predict_at_every_shift(model.to(device), images)
         errors = (100 * (predictions != labels).double().mean(1)).tolist()

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import train
-from models import MODELS
-from tests.support import RunsCase, write_npz
+from models import MODELS, POOLINGS, build_model
+from tests.support import Case, RunsCase, write_npz
 from training import muon
 from training.options import RECIPES
-from training.pretended_gpu import NAME, PretendedGPU
+from training.pretended_gpu import NAME, PretendedGPU, launches
 from training.run_folder import RunFolder
 
 BATCH = 2
@@ -46,13 +46,15 @@ class TestGPUPath(RunsCase):
             data=str(write_npz(self.folder / "digits.npz", digits, digits)), num_epochs=1,
             test_mode="shifted", **{"batch_size": BATCH, "warmup_epochs": 0} | options,
         )
+        orthogonalize = lambda parts: parts  # it takes most of the time, and is alike for all
+        if config.model == "mobius_regular":
+            orthogonalize = partial(muon.orthogonalize, steps=1)
         with PretendedGPU() as gpu, contextlib.ExitStack() as patches:
             for patch in (
                 mock.patch("train.select_device", lambda name: gpu.device),
                 mock.patch("train.EVAL_BATCH_SIZE", BATCH),
                 mock.patch.object(RunFolder, "save", save),
-                # All iterations are alike.
-                mock.patch.object(muon, "orthogonalize", partial(muon.orthogonalize, steps=1)),
+                mock.patch.object(muon, "orthogonalize", orthogonalize),
             ):
                 patches.enter_context(patch)
             run = train.Run(config, verbose=False)
@@ -62,7 +64,10 @@ class TestGPUPath(RunsCase):
         return gpu.waits, run
 
     def test_no_wait_per_step(self):
-        """And none for each batch of an evaluation; no tensor of another device takes part."""
+        """And none for each batch of an evaluation; no tensor of another device takes part.
+
+        With two of each, a wait in each would be counted twice.
+        """
         precisions = itertools.cycle((("fp32", "bf16"), ("bf16", "fp32")))
         for model, pair in zip(MODELS, precisions):
             for (recipe, settings), precision in zip(RECIPES.items(), pair):
@@ -71,15 +76,18 @@ class TestGPUPath(RunsCase):
                         "model": model, "precision": precision, "batch_size": BATCH,
                         "warmup_epochs": 0,
                     }
-                    few, run = self.waits(1, **options)
+                    waits, run = self.waits(2, **options)
+                    environment = run.result["environment"]
+                    self.assertEqual(environment["device"], "pretended GPU")
+                    self.assertIn("tf32", environment)
                     saved = len(run.model.state_dict()), len(on_gpu(run.optimizer.state_dict()))
-                    self.assertEqual(few, {
+                    self.assertEqual(waits, {
                         "copy to the device": 1 + bool(run.deform),  # order and deformations
                         "nonzero": 1,  # is the loss finite?
                         "_local_scalar_dense": 4,  # loss and error, of training and test
                         "copy to the host": sum(saved),  # the checkpoint
                     })
-                    self.assertEqual(self.waits(2, **options)[0], few)
+        self.assertEqual(self.waits(4, **options)[0], waits)
 
     def changed_loss(self, change):
         """The waits of another step with another loss."""
@@ -123,6 +131,19 @@ class TestGPUPath(RunsCase):
             ):
                 with mixed:
                     function()
+
+
+class TestLaunches(Case):
+    def test_few(self):
+        """At most 2.5 times those of the CNN; 3 times with polyphase pooling."""
+        counts = {
+            (name, pooling): launches(partial(build_model, name, pooling=pooling))
+            for name, pooling in itertools.product(MODELS, POOLINGS)
+        }
+        cnn = counts["cnn_same_channels", "fixed"]
+        for (name, pooling), count in counts.items():
+            print(f"{name:18} {pooling:10} {count:4} launches, {count / cnn:.2f} of the CNN's")
+            self.assertLessEqual(count / cnn, {"fixed": 2.5, "polyphase": 3}[pooling], name)
 
 
 if __name__ == "__main__":

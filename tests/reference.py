@@ -3,8 +3,11 @@
 import torch
 import torch.nn as nn
 
+from nn_layers import EquivBatchNorm
+
 DOUBLE = torch.float64
 TOLERANCE = 1e-10
+EXACT = 1e-12  # of equivariance, relative to the largest output, in float64
 TYPES = {"triv": (1, 0, 0), "sign": (0, 1, 0), "reg": (0, 0, 1)}
 FIELDS = [(2, 0, 0), (0, 2, 0), (0, 0, 2), (1, 2, 0), (2, 0, 1), (0, 1, 2), (2, 1, 3)]
 KERNEL_SIZES = (1, 3, 5, 7)
@@ -91,7 +94,7 @@ def randomized_norms(model: nn.Module) -> nn.Module:
         if "bias" in name:
             nn.init.normal_(parameter, std=0.1)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, EquivBatchNorm)):
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
     return model

@@ -1,5 +1,6 @@
 """What the tests of several files need: their base classes, small data, and processes."""
 
+import atexit
 import collections
 import contextlib
 import io
@@ -11,22 +12,24 @@ import sys
 import tempfile
 import time
 import unittest
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 import convert_mnist
 import train
-from fields import gauge_transform, isometry_action
-from tests.reference import TOLERANCE, features, on_blank_strip, rounded
+from models import MODELS
+from tests.reference import TOLERANCE
 from training.environment import describe_environment
 from training.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-# A CPU without bfloat16 instructions takes ten times as long with it as with float32.
-HALF = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 COUNTS = collections.Counter()  # of what was survived
+# Kernels of one point: the same layers and files in a fraction of the time.
+SMALL_MODELS = {name: partial(model, kernel_size=1) for name, model in MODELS.items()}
 
 ROWS = [
     {
@@ -75,27 +78,6 @@ class Case(unittest.TestCase):
     def assertNotClose(self, actual, expected, message=None):
         self.assertEqual(actual.shape, expected.shape, message)
         self.assertGreater((actual - expected).abs().max().item(), 1e-3, message)
-
-    def assertIsometryEquivariant(self, layer, in_fields, out_fields, width, length, step=1):
-        """Under shifts by multiples of `step`; the output moves by the shift / step."""
-        for make in (features, on_blank_strip):
-            x = make(in_fields, width, length)
-            y = layer(rounded(x))
-            for shift in range(-step, 2 * length + 1, step):
-                self.assertClose(
-                    layer(rounded(isometry_action(x, shift, in_fields))),
-                    isometry_action(y, shift // step, out_fields),
-                    message=f"{make.__name__}, fields {in_fields} -> {out_fields}, "
-                            f"W x L = {width} x {length}, shift {shift}",
-                )
-
-    def assertGaugeEquivariant(self, layer, in_fields, out_fields, width, length):
-        """For a layer that acts at each point of its output in any frame alike."""
-        for make in (features, on_blank_strip):
-            x = make(in_fields, width, length)
-            y = layer(rounded(x))
-            reflected = layer(rounded(gauge_transform(x, in_fields)))
-            self.assertClose(reflected, gauge_transform(y, out_fields), message=make.__name__)
 
 
 class FilesCase(Case):
@@ -173,6 +155,8 @@ class Zygote:
     CODE = """
 import faulthandler, json, os, pathlib, signal, sys, traceback
 import convert_mnist, torch, train, reproduce
+from tests.support import MODELS, SMALL_MODELS
+MODELS.update(SMALL_MODELS)
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -209,7 +193,7 @@ for line in sys.stdin:
                 [sys.executable, "-c", cls.CODE], cwd=ROOT, stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
-            unittest.addModuleCleanup(cls._stop)
+            atexit.register(cls._stop)
         command = [module, list(map(str, arguments)), environment, str(output)]
         cls._process.stdin.write(json.dumps(command) + "\n")
         cls._process.stdin.flush()
@@ -220,7 +204,6 @@ for line in sys.stdin:
         cls._process.stdin.close()
         cls._process.stdout.close()
         cls._process.wait()
-        cls._process = None
 
     @staticmethod
     def wait(pid, output, seconds=30):
@@ -243,7 +226,7 @@ for line in sys.stdin:
 
 
 class RunsCase(FilesCase):
-    """Runs of two epochs on a few digits, a fraction of a second each."""
+    """Runs of two epochs of small models on a few digits, a fraction of a second each."""
 
     DIGITS, BATCH = (8, 8), 4  # for training and test
 
@@ -251,6 +234,9 @@ class RunsCase(FilesCase):
         super().setUp()
         self.data = write_npz(self.folder / "digits.npz", *self.DIGITS)
         self.logs = self.folder / "logs"
+        small = mock.patch.dict(MODELS, SMALL_MODELS)
+        small.start()
+        self.addCleanup(small.stop)
 
     def config(self, **options):
         options = {

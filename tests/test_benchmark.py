@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 
 import benchmark
-from models import build_model
+from models import MODELS, build_model
 from polyphase import PolyphasePool
-from tests.support import HALF, FilesCase
+from tests.support import SMALL_MODELS, FilesCase
 
 
 class TestBenchmark(FilesCase):
@@ -25,40 +25,54 @@ class TestBenchmark(FilesCase):
         self.addCleanup(patch.stop)
 
     def run_main(self, *arguments):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
+        kept, printed = mock.patch("benchmark.keep_freed_memory"), io.StringIO()
+        with kept, mock.patch.dict(MODELS, SMALL_MODELS), contextlib.redirect_stdout(printed):
             benchmark.main([str(argument) for argument in arguments])
         return printed.getvalue()
 
     def test_figures(self):
         out = self.folder / "new" / "benchmark.json"
         options = (
-            "--models", "mobius_regular", "--precision", HALF, "--batch_size", 16, "--rounds", 2,
+            "--models", "mobius_regular", "--precision", "bf16", "--batch_size", 4, "--rounds", 2,
             "--device", "cpu", "--out", out,
         )
         measure = benchmark.peak_memory
 
         def once(name, *arguments):  # each is a process of its own
-            return measure(name, *arguments) if name == "mobius_regular" else 100.0
+            if name == benchmark.TEXTBOOK:
+                return measure(name, *arguments)
+            return None if arguments[-1] else 100.0  # compiled
 
-        with mock.patch("benchmark.keep_freed_memory"), mock.patch("benchmark.peak_memory", once):
-            printed = self.run_main(*options)
+        with (
+            mock.patch("benchmark.keep_freed_memory"), mock.patch("benchmark.peak_memory", once),
+            mock.patch("benchmark.launches", return_value={"mobius_regular": {"fixed": 247}}),
+            mock.patch("torch.compile", lambda function, **_: function),
+        ):
+            printed = self.run_main(*options, "--compile")
         result = json.loads(out.read_text())
         rows = result["rows"]
         self.assertEqual(
-            [(row["model"], row["precision"]) for row in rows],
-            [("textbook CNN", "fp32"), ("mobius_regular", HALF)],
+            [(row["model"], row["precision"], row["compile"]) for row in rows],
+            [
+                ("textbook CNN", "fp32", False), ("mobius_regular", "bf16", False),
+                ("mobius_regular", "bf16", True),
+            ],
         )
-        self.assertEqual(set(result["matmul_gflop_per_second"]), {"fp32", HALF})
+        self.assertIn("bf16, compiled", printed)
+        self.assertEqual([row["launches"] for row in rows], [None, 247, 247])
+        self.assertEqual(set(result["matmul_gflop_per_second"]), {"fp32", "bf16"})
         for row in rows:
             self.assertIn(row["model"], printed)
-            for task in ("step", "infer"):
+            for task in ("step",) if row["compile"] else ("step", "infer"):
                 figures = row[task]
                 self.assertGreater(figures["min_ms"], 0)
-                self.assertAlmostEqual(figures["images_per_second"], 16000 / figures["median_ms"])
+                self.assertAlmostEqual(figures["images_per_second"], 4000 / figures["median_ms"])
                 ratio = figures["median_ms"] / rows[0][task]["median_ms"]
                 self.assertAlmostEqual(figures["ratio"], ratio)
                 self.assertGreater(figures["matmul_share"], 0)
+            if row["compile"]:  # on a GPU only
+                self.assertIsNone(row["peak_memory_mb"])
+                continue
             self.assertGreater(row["peak_memory_mb"], 0)
             ratio = row["peak_memory_mb"] / rows[0]["peak_memory_mb"]
             self.assertAlmostEqual(row["memory_ratio"], ratio)
@@ -68,9 +82,9 @@ class TestBenchmark(FilesCase):
         polyphase = mock.patch.object(
             PolyphasePool, "forward", autospec=True, side_effect=PolyphasePool.forward
         )
-        with mock.patch("benchmark.keep_freed_memory"), polyphase as used:
+        with polyphase as used:
             printed = self.run_main(
-                "--pooling", "--models", "mobius_regular", "--precision", HALF,
+                "--pooling", "--models", "mobius_regular", "--precision", "bf16",
                 "--batch_size", 4, "--rounds", 2, "--device", "cpu", "--out", out,
             )
         (row,) = json.loads(out.read_text())["rows"]

@@ -125,23 +125,20 @@ class TestConvertMNIST(FilesCase):
 
     def test_mnist_from_a_folder(self):
         arrays = write_fake_mnist(self.folder / "MNIST" / "raw")
-        for root in (
-            self.folder,
-            self.folder / "MNIST" / "raw",
-        ):  # torchvision's root, or the files by themselves
-            path = convert_mnist.convert(
-                "mnist", self.folder / "mnist.npz", mnist_root=root, train_size=50
-            )
-            with np.load(path, allow_pickle=False) as npz:
-                for split, n in (("train", 50), ("t10k", 10_000)):
-                    name = split.replace("t10k", "test")
-                    images = arrays[f"{split}-images-idx3-ubyte"][:n, None] / np.float32(255)
-                    self.assertTrue(np.array_equal(npz[f"{name}_data_centered"], images))
-                    self.assertTrue(
-                        np.array_equal(
-                            npz[f"{name}_labels"], arrays[f"{split}-labels-idx1-ubyte"][:n]
-                        )
-                    )
+        path = convert_mnist.convert(  # torchvision's root
+            "mnist", self.folder / "mnist.npz", mnist_root=self.folder, train_size=50
+        )
+        # The files by themselves.
+        splits = convert_mnist.load_mnist(self.folder / "MNIST" / "raw")
+        with np.load(path, allow_pickle=False) as npz:
+            for file, name, n, split in zip(("train", "t10k"), ("train", "test"), (50, 10_000),
+                                            splits):
+                images = arrays[f"{file}-images-idx3-ubyte"][:n, None] / np.float32(255)
+                labels = arrays[f"{file}-labels-idx1-ubyte"][:n]
+                self.assertTrue(np.array_equal(npz[f"{name}_data_centered"], images))
+                self.assertTrue(np.array_equal(npz[f"{name}_labels"], labels))
+                self.assertTrue(np.array_equal(split.images[:n], images))
+                self.assertTrue(np.array_equal(split.labels[:n], labels))
         path = convert_mnist.convert(
             "mnist_validation", self.folder / "validation.npz", mnist_root=self.folder,
             train_size=50,

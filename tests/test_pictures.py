@@ -203,7 +203,7 @@ class TestPictures(Case):
         image = convert_mnist.load_digits()[0].images[:1].double()
         for name in MODELS:
             for pooling in POOLINGS:
-                model = build_model(name, pooling=pooling).double().eval()
+                model = build_model(name, pooling=pooling, kernel_size=3).double().eval()
                 layers, _ = features_and_shift(model, image, 16)
                 self.assertEqual([tuple(layer.of_digit.shape[2:]) for layer in layers],
                                  [(28, 28)] * 2 + [(14, 14)] * 2 + [(7, 7)] * 3)

@@ -106,7 +106,7 @@ class TestReproduce(RunsCase):
             "lr_decay_factor": 3, "precision": "bf16", "test_mode": "shifted", "dataset": "digits",
             "pooling": "polyphase", "lr_schedule": "cosine", "warmup_epochs": 1, "deformation": 0.5,
             "stroke_width": 0.2, "scaling": 0.2, "dropout": 0.1, "label_smoothing": 0.1,
-            "optimizer": "muon", "sign_eps": 1e-8
+            "optimizer": "muon", "sign_eps": 1e-8, "compile": True, "init": "weights.pt",
         }
         named = {"model", "train_mode", "seed", "eval_freq"}
         self.assertEqual(set(train.Config("mobius_mixed").protocol()) - named, set(other))
@@ -227,12 +227,17 @@ class TestReproduce(RunsCase):
     def test_torchrun(self):
         """It ends all processes when one is killed; the next start finds what is left."""
         options = self.options("--num_epochs", "9", "--runs", "2")
+        script = self.folder / "reproduce_small.py"
+        script.write_text(
+            "import reproduce\nfrom tests.support import MODELS, SMALL_MODELS\n"
+            "MODELS.update(SMALL_MODELS)\nreproduce.main()"
+        )
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            ROOT / "reproduce.py", *options
+            script, *options,
         ]
         command = [str(c) for c in command]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                               env=environment) as process:
             watchdog = threading.Timer(100, process.kill)

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 import convert_mnist
 import train
 from fields import isometry_action
-from models import MODELS, build_model
+from models import MODELS, build_model, count_parameters
 from study import figures
-from tests.support import ROOT, RunsCase, Zygote, not_installed
+from tests.support import ROOT, RunsCase, Zygote, not_installed, write_npz
 from training import muon, run_folder
 from training.checkpoints import read_result
 from training.data import load_dataset
@@ -41,12 +41,6 @@ class TestTrain(RunsCase):
             run = train.Run(self.config(**options))
             result = run.train()
         return result, run.folder.path, printed.getvalue()
-
-    def options(self, *more):
-        return [
-            "--model", "mobius_regular", "--data", self.data, "--log_dir", self.folder / "logs",
-            "--num_epochs", "2", "--batch_size", "16", "--device", "cpu", "--no-tensorboard", *more,
-        ]
 
     def test_defaults_are_the_protocol(self):
         options = vars(train.command_line().parse_args(["--model", "mobius_regular"]))
@@ -99,7 +93,8 @@ class TestTrain(RunsCase):
 
     def test_is_a_plain_training_loop(self):
         """Two epochs written out: the same weights, bit for bit."""
-        _, folder, _ = self.train(seed=3, lr_decay_period=1, weight_decay=0.01)
+        result, folder, _ = self.train(seed=3, lr_decay_period=1, weight_decay=0.01)
+        self.assertEqual([record["lr"] for record in result["epochs"]], [5e-3, 2.5e-3])
         digits = load_dataset(self.data)["train_centered"]
         torch.manual_seed(3)
         order = torch.Generator().manual_seed(3)
@@ -116,7 +111,7 @@ class TestTrain(RunsCase):
             self.assertTrue(torch.equal(trained[name], value), name)
 
     def test_result_file(self):
-        result, folder, printed = self.train(tensorboard=True, seed=5)
+        result, folder, printed = self.train(seed=5)
         stored = json.loads((folder / "result.json").read_text())
         self.assertEqual(stored, result)
         self.assertEqual(stored["status"], "finished")
@@ -125,7 +120,7 @@ class TestTrain(RunsCase):
             | {"seed": 5, "model": "mobius_regular", "batch_size": 16, "lr": 0.005},
             stored["config"],
         )
-        self.assertEqual(stored["parameters"], 751_914)
+        self.assertEqual(stored["parameters"], count_parameters(build_model("mobius_regular")))
         self.assertEqual((stored["data"]["train_digits"], stored["data"]["test_digits"]), (64, 32))
         self.assertEqual(stored["environment"]["versions"]["torch"], torch.__version__)
         self.assertEqual([record["epoch"] for record in stored["epochs"]], [1, 2])
@@ -158,8 +153,22 @@ class TestTrain(RunsCase):
         self.assertEqual(error, stored["test_error"]["shifted"])
 
     def test_tensorboard(self):
+        """Curves, digits, kernels after each epoch, the network's mistakes, its error against
+        the shift.
+        """
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-        result, folder, _ = self.train(tensorboard=True)
+        run = train.Run(self.config(tensorboard=True), verbose=False)
+        drawn = mock.patch.multiple(figures, **{
+            name: mock.Mock(wraps=getattr(figures, name))
+            for name in ("digits", "error_against_shift", "first_kernels")
+        })
+        with contextlib.closing(run), drawn, mock.patch("training.events.SHOWN", 3):
+            result = run.train()
+            digits, error_against_shift, first_kernels = (
+                [call.args for call in function.mock_calls] for function in
+                (figures.digits, figures.error_against_shift, figures.first_kernels)
+            )
+        folder = run.folder.path
         events, shown = (
             EventAccumulator(str(path)).Reload() for path in (folder, folder / "pictures")
         )
@@ -172,82 +181,43 @@ class TestTrain(RunsCase):
         for tag, key in expected.items():
             for event, record in zip(events.Scalars(tag), result["epochs"], strict=True):
                 self.assertAlmostEqual(event.value, record[key], places=3)
-        # The pictures: digits, the kernels before the first and after each epoch, and the end.
-        images = {
-            tag: [event.step for event in shown.Images(tag)] for tag in shown.Tags()["images"]
-        }
-        self.assertEqual(
-            images,
-            {
-                **{
-                    f"digits/{name}": [0]
-                    for name in ("centered training", "shifted test", "centered test")
-                },
-                "network/kernels of the first layer": [0, 1, 2],
-                "network/error against shift": [2],
-                **{
-                    f"network/misclassified {version} test digits": [2]
-                    for version in ("shifted", "centered")
-                },
-            },
-        )
         self.assertIn("_hparams_/experiment", events.summary_metadata)
         for version, error in result["test_error"].items():
             self.assertAlmostEqual(
                 events.Scalars(f"final_error/{version}")[0].value, error, places=3
             )
-
-    def test_pictures_of_a_run(self):
-        """TensorBoard gets the network's mistakes, and its error at each shift."""
-        run = train.Run(self.config(tensorboard=True, num_epochs=1, batch_size=16))
-        with contextlib.closing(run), mock.patch.object(
-            figures, "digits", wraps=figures.digits
-        ) as digits:
-            with mock.patch.object(
-                figures, "error_against_shift", wraps=figures.error_against_shift
-            ) as error_against_shift:
-                with mock.patch.object(
-                    figures, "first_kernels", wraps=figures.first_kernels
-                ) as first_kernels:
-                    run.train()
-        self.assertEqual([call.args[0] for call in first_kernels.mock_calls], [run.model] * 2)
-        training, *_, shifted, centered = digits.mock_calls
-        self.assertTrue(torch.equal(training.args[0], run.training_set.images[:20]))
-        self.assertEqual(
-            training.args[1], [str(label) for label in run.training_set.labels[:20].tolist()]
-        )
-        for version, call in (("shifted", shifted), ("centered", centered)):
+        # The pictures: digits, the kernels before the first and after each epoch, and the end.
+        images = {
+            tag: [event.step for event in shown.Images(tag)] for tag in shown.Tags()["images"]
+        }
+        self.assertEqual(images, {
+            "digits/centered training": [0], "digits/shifted test": [0],
+            "digits/centered test": [0], "network/kernels of the first layer": [0, 1, 2],
+            "network/error against shift": [2], "network/misclassified shifted test digits": [2],
+            "network/misclassified centered test digits": [2],
+        })
+        self.assertEqual([model for model, *_ in first_kernels], [run.model] * 3)
+        training, *_, shifted, centered = digits
+        self.assertTrue(torch.equal(training[0], run.training_set.images[:3]))
+        self.assertEqual(training[1], list(map(str, run.training_set.labels[:3].tolist())))
+        for version, (pictures, titles, _, title) in (("shifted", shifted), ("centered", centered)):
             images, labels = run.test_sets[version]
             predictions = run.model.eval()(images).argmax(1)
             wrong = predictions != labels
-            self.assertTrue(torch.equal(call.args[0], images[wrong][:20]))
-            self.assertEqual(
-                call.args[1],
-                [
-                    f"{y} as {p}"
-                    for y, p in zip(labels[wrong].tolist(), predictions[wrong].tolist())
-                ][:20],
-            )
-            self.assertEqual(
-                call.args[3], f"{wrong.sum()} of 32 {version} test digits are misclassified"
-            )
-        ((row,), _), = (call.args for call in error_against_shift.mock_calls)
+            self.assertTrue(torch.equal(pictures, images[wrong][:3]))
+            classes = list(zip(labels[wrong].tolist(), predictions[wrong].tolist()))[:3]
+            self.assertEqual(titles, [f"{label} as {predicted}" for label, predicted in classes])
+            self.assertEqual(title, f"{wrong.sum()} of 32 {version} test digits are misclassified")
+        ((row,), _), = error_against_shift
         images, labels = run.centered_test_set
-        errors = [
-            100
-            * (run.model(isometry_action(images, shift, (1, 0, 0))).argmax(1) != labels)
-            .double()
-            .mean()
-            .item()
-            for shift in range(56)
-        ]
-        self.assertEqual(row["errors"], errors)
+        for shift, error in enumerate(row["errors"]):
+            wrong = run.model(isometry_action(images, shift, (1, 0, 0))).argmax(1) != labels
+            self.assertEqual(error, 100 * wrong.double().mean().item())
 
     def test_interrupted_at_its_last_pictures(self):
-        run = train.Run(self.config(tensorboard=True, num_epochs=1, batch_size=16), verbose=False)
-        with contextlib.closing(run), mock.patch.object(
-            figures, "error_against_shift", side_effect=KeyboardInterrupt
-        ):
+        run = train.Run(self.config(tensorboard=True, num_epochs=1), verbose=False)
+        with contextlib.closing(run), mock.patch("training.report.RunEvents") as events:
+            events.return_value.error_against_shift.side_effect = KeyboardInterrupt
             with self.assertRaises(KeyboardInterrupt):
                 run.train()
         self.assertEqual(read_result(run.folder.path / "result.json")["status"], "finished")
@@ -271,12 +241,8 @@ class TestTrain(RunsCase):
 
     def test_learning_rate(self):
         def rates(**options):
-            return [
-                record["lr"]
-                for record in self.train(num_epochs=4, batch_size=64, eval_freq=0, **options)[0][
-                    "epochs"
-                ]
-            ]
+            config = self.config(num_epochs=4, **options)
+            return [config.learning_rate(epoch + 0.5) for epoch in range(4)]
 
         self.assertEqual(rates(lr=0.008, lr_decay_period=1), [0.008, 0.004, 0.002, 0.001])
         self.assertEqual(
@@ -294,7 +260,8 @@ class TestTrain(RunsCase):
 
     def test_learning_rate_of_each_step(self):
         seen = []
-        run = train.Run(self.config(lr=0.01, lr_schedule="cosine", warmup_epochs=1, batch_size=16))
+        config = self.config(lr=0.01, lr_schedule="cosine", warmup_epochs=1)
+        run = train.Run(config, verbose=False)
         with contextlib.closing(run), mock.patch.object(
             run.optimizer, "step", lambda: seen.append(run.optimizer.param_groups[0]["lr"])
         ):
@@ -308,7 +275,8 @@ class TestTrain(RunsCase):
 
     def test_deformed_digits(self):
         """Every batch is deformed anew, by the generator of the order; test digits stay."""
-        run = train.Run(self.config(deformation=1.5, stroke_width=0.5, scaling=0.3, batch_size=16))
+        config = self.config(deformation=1.5, stroke_width=0.5, scaling=0.3)
+        run = train.Run(config, verbose=False)
         digits, order, seen = (
             run.training_set.images,
             torch.Generator().manual_seed(run.config.seed),
@@ -337,7 +305,8 @@ class TestTrain(RunsCase):
     def test_label_smoothing(self):
         """In training only: a network that is sure of one class then loses more."""
         for smoothing in (0.0, 0.3):
-            run = train.Run(self.config(label_smoothing=smoothing, lr=1e-20, dropout=0.0))
+            config = self.config(label_smoothing=smoothing, lr=1e-20, dropout=0.0)
+            run = train.Run(config, verbose=False)
             with contextlib.closing(run):
                 with torch.no_grad():
                     run.model.classifier[7].weight.zero_()
@@ -380,7 +349,7 @@ class TestTrain(RunsCase):
             contains=["leave out --recipe"],
         )
         self.assertIn(
-            "after 2 epochs", self.main(train, "--eval_only", "--checkpoint", path.parent)
+            "trained for 2 epochs", self.main(train, "--eval_only", "--checkpoint", path.parent)
         )
 
     def test_evaluation(self):
@@ -411,23 +380,17 @@ class TestTrain(RunsCase):
 
     def test_precision(self):
         for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            run, seen = train.Run(self.config(precision=precision, num_epochs=1)), set()
+            run, seen = train.Run(self.config(precision=precision), verbose=False), set()
             run.model.register_forward_hook(
                 lambda module, inputs, logits: seen.add((module.training, logits.dtype))
             )
-            with contextlib.redirect_stdout(io.StringIO()):
-                run.train()
+            with contextlib.closing(run):
+                first, last = run.train()["epochs"]
             # Tests are in float32, in which networks are invariant.
             self.assertEqual(seen, {(True, dtype), (False, torch.float32)})
-
-    def test_bf16(self):
-        result, folder, _ = self.train(precision="bf16", batch_size=32)
-        losses = [record["train_loss"] for record in result["epochs"]]
-        self.assertLess(losses[-1], losses[0])
-        weights = torch.load(folder / "weights.pt", weights_only=True)
-        self.assertTrue(
-            all(v.dtype == torch.float32 for v in weights.values() if v.is_floating_point())
-        )
+            self.assertLess(last["train_loss"], first["train_loss"])
+            weights = torch.load(run.folder.path / "weights.pt", weights_only=True).values()
+            self.assertEqual({v.dtype for v in weights if v.is_floating_point()}, {torch.float32})
 
     def test_data_are_made_where_they_are_missing(self):
         with mock.patch.object(convert_mnist, "DATA_FOLDER", self.folder / "data"):
@@ -492,7 +455,9 @@ class TestTrain(RunsCase):
         self.assertEqual(json.loads(path.read_text())["status"], "failed")
 
     def test_a_reader_that_goes_away_stops_nothing(self):
-        command = [str(c) for c in (sys.executable, ROOT / "train.py", *self.options())]
+        write_npz(self.data, 8, 8)
+        options = self.options("--num_epochs", "1", "--batch_size", "4")
+        command = [str(c) for c in (sys.executable, ROOT / "train.py", *options)]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
@@ -593,6 +558,8 @@ class TestTrain(RunsCase):
             self.assertEqual(train.select_device("auto").type, "cpu")
         with mock.patch("torch.cuda.is_available", return_value=True):
             self.assertEqual(train.select_device("auto").type, "cuda")
+            self.assertTrue(torch.backends.cudnn.benchmark)
+            self.assertFalse(torch.backends.cudnn.allow_tf32)
         self.assertFalse((self.folder / "logs").exists())
 
     def test_bounds(self):
@@ -611,7 +578,7 @@ class TestTrain(RunsCase):
             train.Config("mobius_regular", sign_eps=1e-8)
 
     def test_an_entry_is_an_option(self):
-        """Help, parsed options and the README's row come from one call; entries of Config too."""
+        """Help, parsed options and the row of the docs come from one call; entries of Config too."""
         parser = CommandLine("")
         parser.option("size", "of x | y, as --scale 1", 0.5, type=float, metavar="X")
         parser.option("kind", "of it", choices=("a", "b"))

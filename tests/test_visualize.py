@@ -15,9 +15,9 @@ import torch.nn.functional as F
 import train
 import visualize
 from fields import isometry_action
-from models import build_model
+from models import MODELS, build_model
 from study import figures, gradients, material
-from tests.support import ROOT, ROWS, FilesCase, not_installed, write_npz
+from tests.support import ROOT, ROWS, SMALL_MODELS, FilesCase, not_installed, write_npz
 from training.files import write_json
 from training.options import TRAIN_MODES
 
@@ -26,6 +26,10 @@ class TestVisualize(FilesCase):
     def setUp(self):
         super().setUp()
         torch.manual_seed(0)
+        for small in (mock.patch.dict(MODELS, SMALL_MODELS),
+                      mock.patch.multiple(visualize, DOTS=20, STRIP_LENGTH=30)):
+            small.start()
+            self.addCleanup(small.stop)
         self.data = write_npz(self.folder / "digits.npz")
         for option, model in visualize.NETWORKS.items():
             torch.save(build_model(model).state_dict(), self.folder / f"{option}.pt")
@@ -44,11 +48,6 @@ class TestVisualize(FilesCase):
             self.folder / "cnn.pt", "--results", self.folder / "results", "--out",
             self.folder / "pictures"
         ]
-        # Small ones.
-        for name, value in {"DOTS": 20, "STRIP_LENGTH": 30}.items():
-            patched = mock.patch.object(visualize, name, value)
-            patched.start()
-            self.addCleanup(patched.stop)
 
     def main(self, *arguments):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -75,7 +74,7 @@ class TestVisualize(FilesCase):
                     if name.startswith("pictures")}
 
         pictures_before = pictures_now()
-        self.main("steerable_kernels", "results", "strip", *self.options)
+        self.main("steerable_kernels", "results", *self.options)
         self.assertEqual(pictures_before, pictures_now())
         light, dark = (pictures_before[f"pictures/results{style}.svg"].lower()
                        for style in figures.STYLES)
@@ -91,7 +90,7 @@ class TestVisualize(FilesCase):
             self.assertEqual(image.convert("RGBA").getpixel((0, 0))[3], 0)  # transparent
 
     def test_material(self):
-        """The networks that are given, or the latest of train.py, or new ones."""
+        """The networks that are given, or those that come with the code."""
         def material_of(**options):
             parser = visualize.command_line()
             return material.Material(
@@ -101,22 +100,11 @@ class TestVisualize(FilesCase):
                             cnn=self.folder / "cnn.pt", results=self.folder / "results")
         for option, model in visualize.NETWORKS.items():
             self.assertSameWeights(given.networks[model], self.folder / f"{option}.pt")
-        run = mock.Mock(model=build_model("mobius_regular"))
-        finished = {"stopped": [self.folder / "other"], "finished": []}
-        with mock.patch.object(material, "resumed_run", return_value=run) as resumed_run, \
-                mock.patch.object(material, "runs_of", return_value=finished), \
-                contextlib.redirect_stdout(io.StringIO()):
-            material_of(data=self.data, cnn=self.folder / "cnn.pt").networks
-            resumed_run.assert_called_once_with(
-                train.LATEST,
-                {"model": "mobius_regular", "dataset": "mnist", "data": str(self.data)})
-            run.train.assert_called_once()
-            run.close.assert_called_once()
-            finished["finished"].append(self.folder / "gauge_cnn.pt")
-            latest = material_of(data=self.data,
-                                 cnn=self.folder / "cnn.pt").networks["mobius_regular"]
-            resumed_run.assert_called_once()
-        self.assertSameWeights(latest, self.folder / "gauge_cnn.pt")
+        own = self.folder / "mobius_regular.pt"
+        shutil.copy(self.folder / "gauge_cnn.pt", own)
+        with mock.patch.object(material, "PRETRAINED", self.folder):
+            networks = material_of(data=self.data, cnn=self.folder / "cnn.pt").networks
+        self.assertSameWeights(networks["mobius_regular"], own)
         name = "mnist-mobius_regular-centered-seed0-precision_bf16.json"
         path = self.folder / "results" / "runs" / name
         result = json.loads(path.read_text())
@@ -177,7 +165,8 @@ class TestVisualize(FilesCase):
         self.assertEqual([curve["config"]["sign_eps"] for curve in content["curves"]], [0.0, 1e-8])
         for curve in content["curves"]:
             torch.manual_seed(0)
-            model = build_model("mobius_signflip", sign_eps=curve["config"]["sign_eps"])
+            sign_eps = curve["config"]["sign_eps"]
+            model = build_model("mobius_signflip", sign_eps=sign_eps, classes=data.classes)
             images, labels = data.splits["train_centered"]
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:4]
             F.cross_entropy(model(images[order]), labels[order]).backward()

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convert_mnist import LENGTH, SCALAR, WIDTH
-from fields import Fields, double_cover
+from convert_mnist import LENGTH, WIDTH
+from fields import double_cover, scalars
 from nn_layers import transport_pad
 
 SMOOTHNESS = 5.0
@@ -33,7 +33,7 @@ def displace(images: Tensor, along: Tensor, across: Tensor) -> Tensor:
     """Resample images at displaced pixels, by cubic splines, clipped to 0 … 1.
 
     Args:
-        images: scalar fields ``(N, 1, W, L)`` with values in [0, 1].
+        images: scalar fields ``(N, C, W, L)`` with values in [0, 1].
         along, across: displacements ``(N, W, L)`` in pixels, to larger column and row numbers.
             Those along the strip continue across the cut, those across it lead into zeros.
 
@@ -42,7 +42,7 @@ def displace(images: Tensor, along: Tensor, across: Tensor) -> Tensor:
     """
     width, length = images.shape[2:]
     margin = 2  # columns that the interpolation reads on either side
-    cover = double_cover(images, Fields(*SCALAR))
+    cover = double_cover(images, scalars(images))
     last, first = cover.narrow(3, 2 * length - margin, margin), cover.narrow(3, 0, margin)
     cover = torch.cat([last, cover, first], dim=3)
     columns = (torch.arange(length, device=images.device) + along) % (2 * length) + margin
@@ -59,10 +59,10 @@ def thicken(images: Tensor, amounts: Tensor) -> Tensor:
     Each pixel moves towards the maximum, or the minimum, of itself and its eight neighbours.
 
     Args:
-        images: scalar fields ``(N, 1, W, L)`` with values in [0, 1].
+        images: scalar fields ``(N, C, W, L)`` with values in [0, 1].
         amounts: ``(N,)`` in -1 … 1, part of the way to the maximum; negative: to the minimum.
     """
-    padded = transport_pad(images, 1, SCALAR)
+    padded = transport_pad(images, 1, scalars(images))
     largest, smallest = F.max_pool2d(padded, 3, stride=1), -F.max_pool2d(-padded, 3, stride=1)
     amounts = amounts[:, None, None, None].to(images.dtype)
     thicker, thinner = amounts * (largest - images), amounts * (images - smallest)
@@ -161,7 +161,7 @@ class RandomDeformation:
         return torch.einsum("nikm,kw,ml->inwl", scaled, self._across, self._along).unbind(0)
 
     def __call__(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Deform images ``(N, 1, W, L)``, whose values stay in [0, 1]."""
+        """Deform images ``(N, C, W, L)``, whose values stay in [0, 1]."""
         drawn, (width, length) = drawn.to(images.device), images.shape[2:]
         along, across = self.displacements(drawn)
         before = centre(images)

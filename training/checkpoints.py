@@ -4,6 +4,7 @@ import contextlib
 import re
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -34,6 +35,8 @@ def new_result(
         "data": {
             "file": data.file,
             "sha256": data.sha256,
+            "shape": list(data.shape),
+            "classes": data.classes,
             "train_digits": digits[0],
             "test_digits": digits[1],
         },
@@ -140,7 +143,7 @@ def check_same_run(
             )
     if checkpoint["data"]["sha256"] != data["sha256"]:
         raise BadCheckpoint(
-            f"{path} is of a run on another {checkpoint['data']['file']} than {data['file']} is now"
+            f"{path} is of a run on other data: {_name(checkpoint['data'])}, not {_name(data)}"
         )
     if checkpoint["device"] != device.type:
         raise BadCheckpoint(
@@ -192,25 +195,31 @@ def runs_of(config: Config, data: Data) -> dict[str, list[Path]]:
     }
 
 
-def trained_model(config: Config, weights: dict, path) -> nn.Module:
-    """A model with the weights read from `path`. Raises ValueError naming it if they do not fit."""
-    model = build_model(config.model, **config.network())
+def load_weights(model: nn.Module, weights: dict, path, name: str) -> None:
+    """Load weights read from `path` into the model `name`. Raises ValueError if they do not fit."""
     try:
         model.load_state_dict(weights)
     except Exception as error:  # the file may hold anything
-        raise ValueError(f"{path} does not hold the weights of {config.model}") from error
-    return model
+        raise ValueError(
+            f"{path} does not hold the weights of a {name} with these channels and classes"
+        ) from error
 
 
-def load_network(path, options: dict) -> tuple[nn.Module, Config, str]:
+class Trained(NamedTuple):
+    """A trained network, its configuration, and the result of its run if that is known."""
+
+    model: nn.Module
+    config: Config
+    result: dict | None
+
+
+def load_network(path, options: dict) -> Trained:
     """Load a trained network.
 
     Args:
-        path: a checkpoint.pt, a model's weights, or a run's folder with one of them.
-        options: replace the file's own. Weights outside a run's folder need at least the model.
-
-    Returns:
-        The network, its configuration, and words that say after how many epochs, if known.
+        path: a checkpoint.pt, a model's weights, or a run's folder with one of them. A JSON with
+            the result of the run can lie beside weights: result.json, or by the weights' name.
+        options: replace the file's own. Weights without a result need at least the model.
 
     Raises:
         ValueError, OSError: for a file or an option that does not fit.
@@ -221,23 +230,38 @@ def load_network(path, options: dict) -> tuple[nn.Module, Config, str]:
         if not path.exists() and path.with_name("weights.pt").exists():
             path = path.with_name("weights.pt")  # all that reproduce.py leaves of a finished run
     content = read_weights(path)
-    checkpoint = check_format(content, path) if "format" in content else None
-    known = checkpoint["config"] if checkpoint else _options_beside(path)
-    if "model" not in known | options:
+    if "format" in content:
+        checkpoint = check_format(content, path)
+        weights, result = checkpoint["model"], checkpoint["result"]
+        stored = checkpoint["config"] | {"device": "auto"}
+    else:
+        weights, result = content, _result_beside(path)
+        stored = result["config"] if result else {}
+    if "model" not in stored | options:
         raise ValueError(f"{path} holds weights alone: say of which --model")
-    if options.get("model", known.get("model")) != known.get("model", options.get("model")):
-        raise ValueError(f"{path} holds a {known['model']}, not a {options['model']}")
-    if checkpoint is None:
-        config = Config(**known | options)
-        return trained_model(config, content, path), config, ""
-    config = stored_config(checkpoint, path, {"device": "auto"} | options)
-    epochs = len(checkpoint["result"]["epochs"])
-    return trained_model(config, checkpoint["model"], path), config, f" after {epochs} epochs"
+    if options.get("model", stored.get("model")) != stored.get("model", options.get("model")):
+        raise ValueError(f"{path} holds a {stored['model']}, not a {options['model']}")
+    config = stored_config({"config": stored}, path, options)
+    model = build_model(config.model, **_size(weights), **config.network())
+    load_weights(model, weights, path, config.model)
+    return Trained(model, config, result)
 
 
-def _options_beside(path: Path) -> dict:
-    """What a result.json beside weights says of the network and its test."""
-    with contextlib.suppress(ValueError, OSError):  # there is none
-        config = read_result(path.with_name("result.json"))["config"]
-        return {name: config[name] for name in names_of("network", "test") if name in config}
-    return {}
+def _size(weights: dict) -> dict:
+    """Input channels and classes of a network, from its first kernel and its last bias."""
+    try:
+        kernel, *_, bias = weights.values()
+        return {"ch_in": kernel.shape[1], "classes": bias.shape[0]}
+    except (ValueError, AttributeError, IndexError):
+        return {}  # they are no weights of these networks
+
+
+def _name(data: dict) -> str:
+    return f"{data['file']} (SHA-256 {data['sha256'][:8]}…)"
+
+
+def _result_beside(path: Path) -> dict | None:
+    for file in (path.with_suffix(".json"), path.with_name("result.json")):
+        with contextlib.suppress(ValueError, OSError):  # there is none
+            return read_result(file)
+    return None

@@ -10,9 +10,11 @@ from typing import Iterator, NamedTuple
 import numpy as np
 import torch
 
-from convert_mnist import LENGTH, SOURCES, WIDTH, Split, convert
+from convert_mnist import SOURCES, Split, convert
+from models import check_images
 
-CLASSES = 10
+CLASSES = 10  # of digits
+MOST_CLASSES = 10_000  # a larger label is a mistake
 KEYS = tuple(
     f"{split}_{array}"
     for split in ("train", "test") for array in ("data_shifted", "data_centered", "labels")
@@ -25,6 +27,15 @@ class Data(NamedTuple):
     file: str
     sha256: str
     splits: dict[str, Split]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, width and length of an image."""
+        return tuple(self.splits["train_centered"].images.shape[1:])
+
+    @property
+    def classes(self) -> int:
+        return 1 + max(int(split.labels.max()) for split in self.splits.values())
 
 
 def find_data(config, device: torch.device) -> Data:
@@ -39,7 +50,7 @@ def find_data(config, device: torch.device) -> Data:
     """
     if config.data is not None:
         path = Path(config.data)
-        way_out = "--data takes an npz as python convert_mnist.py makes it"
+        way_out = "--data takes an npz with the arrays of data/README.md"
     else:
         path = SOURCES[config.dataset].path
         way_out = "delete it, and it is made anew"
@@ -50,13 +61,14 @@ def find_data(config, device: torch.device) -> Data:
             print(f"{path} is there already: --mnist_root is not read", flush=True)
     try:
         splits = load_dataset(path, device)
+        check_images(splits["train_centered"].images, config.pooling)
         return Data(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), splits)
     except (ValueError, OSError) as error:
         raise type(error)(f"{error}; {way_out}") from error
 
 
 def load_dataset(path, device="cpu") -> dict[str, Split]:
-    """Read and check an npz as `convert_mnist.py` writes it.
+    """Read and check an npz with the arrays of data/README.md.
 
     Images and labels may have any float type; the shifts may be missing.
 
@@ -66,7 +78,7 @@ def load_dataset(path, device="cpu") -> dict[str, Split]:
 
     Returns:
         ``train_shifted``, ``train_centered``, ``test_shifted`` and ``test_centered``: images
-        float32 ``(n, 1, 28, 28)`` in [0, 1] with labels int64 ``(n,)`` in 0 … 9.
+        float32 ``(n, C, W, L)`` in [0, 1] with labels int64 ``(n,)`` from 0 on.
 
     Raises:
         ValueError: naming the file and the fault, if it is not such a file.
@@ -78,25 +90,30 @@ def load_dataset(path, device="cpu") -> dict[str, Split]:
         if not holds:
             raise ValueError(f"{path}: {key} has {fault}")
 
-    dataset = {}
+    dataset, shape = {}, None
     for split in ("train", "test"):
         key = f"{split}_labels"
         labels = arrays[key]
         one_dimension = labels.ndim == 1 and len(labels) > 0
         require(one_dimension, key, f"shape {labels.shape}, not (n,) with n >= 1")
         require(labels.dtype.kind in "iuf", key, f"dtype {labels.dtype}, not a number's")
-        in_range = np.isin(labels, np.arange(CLASSES)).all()
-        require(in_range, key, f"labels outside 0 … {CLASSES - 1}")
+        are_classes = np.isin(labels, np.arange(MOST_CLASSES)).all()
+        require(are_classes, key, f"labels that are not integers of 0 … {MOST_CLASSES - 1}")
         labels = torch.from_numpy(labels.astype(np.int64)).to(device)
         for version in ("shifted", "centered"):
             key = f"{split}_data_{version}"
             images = arrays[key]
-            shape = (len(labels), 1, WIDTH, LENGTH)
-            require(images.shape == shape, key, f"shape {images.shape}, not {shape}")
+            is_strip = images.ndim == 4 and 0 not in images.shape
+            require(is_strip, key, f"shape {images.shape}, not (n, C, W, L)")
+            require(len(images) == len(labels), f"{split}_labels",
+                    f"{len(labels)} labels, and {key} has {len(images)} images")
+            shape = shape or images.shape[1:]
+            fits = images.shape[1:] == shape
+            require(fits, key, f"images of shape {images.shape[1:]}, others have {shape}")
             is_float = np.issubdtype(images.dtype, np.floating)
             require(is_float, key, f"dtype {images.dtype}, not a floating point one")
-            in_range = images.min() >= 0 and images.max() <= 1  # false for nan
-            require(in_range, key, "values outside [0, 1]")
+            require(not np.isnan(images).any(), key, "nan among its values")
+            require(images.min() >= 0 and images.max() <= 1, key, "values outside [0, 1]")
             images = torch.from_numpy(images.astype(np.float32, copy=False)).to(device)
             dataset[f"{split}_{version}"] = Split(images, labels)
     return dataset

@@ -86,8 +86,8 @@ def compiled(function: Callable, device: torch.device) -> Callable:
 
     Raises ValueError for a CPU without a C++ compiler.
     """
-    compilers = os.environ.get("CXX", "g++"), "clang++", "cl"
-    if not is_gpu(device) and not any(map(shutil.which, compilers)):
+    found = "CXX" in os.environ or any(map(shutil.which, ("g++", "clang++", "cl")))
+    if not found and not is_gpu(device):
         raise ValueError("--compile needs a C++ compiler on a CPU: install g++, or name one in CXX")
     # What was compiled before shares a cache of 8 versions with this function, beyond which it
     # would run uncompiled.

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from convert_mnist import Split
+from training.files import write_atomically
 
 # TensorBoard's cards are small, and pictures must be readable there.
 SHOWN, COLUMNS = 20, 4  # digits in a picture, and in a row of it
@@ -90,6 +91,19 @@ class RunEvents:
     def close(self) -> None:
         self._writer.close()
         self._picture_writer.close()
+
+
+def save_error_against_shift(errors: list[float], config, path) -> None:
+    """Draw the error in % at each shift into a PNG. Raises ValueError without matplotlib."""
+    try:
+        from study.figures import error_against_shift
+    except ImportError as error:
+        raise ValueError(f"--out needs matplotlib ({error}): leave it out") from error
+    row = {
+        "model": config.model, "settings": {}, "train_mode": config.train_mode, "errors": errors,
+    }
+    with write_atomically(path) as file:
+        error_against_shift([row]).savefig(file, format="png", dpi=150)
 
 
 def summary_writer() -> type:

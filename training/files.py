@@ -18,15 +18,14 @@ class CommandLine(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self._rows = []  # of `markdown`
 
     def option(self, name: str, text: str, default=None, **settings) -> None:
         """Add an option, which the parsed options contain only if it is given.
 
         Args:
             name: without the leading dashes.
-            text: for the help and the README.
-            default: what holds otherwise, for the help and the README. None: they show none.
+            text: for the help and the docs.
+            default: what holds otherwise, for the help and the docs. None: they show none.
             settings: further arguments of `add_argument`.
         """
         shown = "" if default is None else str(default)
@@ -40,15 +39,19 @@ class CommandLine(argparse.ArgumentParser):
             help=text.replace("%", "%%") + (f" ({shown})" if shown else ""),
             **settings,
         )
-        if action.choices:
-            text = ", ".join(f"`{choice}`" for choice in action.choices) + f"; {text}"
-        text = re.sub(r"(?<!`)--\w+", r"`\g<0>`", text).replace("|", r"\|")
-        names = ", ".join(f"`{string}`" for string in action.option_strings)
-        self._rows.append(f"| {names} | {f'`{shown}`' if shown else ''} | {text} |")
+        action.shown = text, shown
 
     def markdown(self) -> str:
-        """A table of the options, for the README."""
-        return "\n".join(["| option | default | |", "|---|---|---|", *self._rows])
+        """A table of the options, for the pages."""
+        rows = ["| option | default | |", "| --- | --- | --- |"]
+        for action in self._actions[1:]:  # without --help
+            text, shown = getattr(action, "shown", (action.help % vars(action), ""))
+            if action.choices:
+                text = ", ".join(f"`{choice}`" for choice in action.choices) + f"; {text}"
+            text = re.sub(r"(?<!`)--\w+", r"`\g<0>`", text).replace("|", r"\|")
+            names = ", ".join(f"`{name}`" for name in action.option_strings or [action.metavar])
+            rows.append(f"| {names} | {f'`{shown}`' if shown else ''} | {text} |")
+        return "\n".join(rows)
 
     def error(self, message) -> None:
         one_line = " ".join(str(message).split())

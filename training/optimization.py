@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.environment import is_gpu
 from training.muon import Muon
@@ -18,6 +18,34 @@ def adam(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam:
 
 # Called with the model, lr and weight_decay.
 OPTIMIZERS = {"adam": adam, "muon": Muon}
+
+
+def restore(optimizer: torch.optim.Optimizer, stored: dict) -> None:
+    """Load what an optimizer of the same kind remembered, but no settings.
+
+    It takes a step before, which changes the parameters: load them afterwards.
+
+    Args:
+        optimizer: a new one.
+        stored: the other one's state_dict.
+
+    Raises:
+        ValueError: if it remembers something else, or tensors of other shapes.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes the tensors that it remembers
+    optimizer.zero_grad()
+    own = optimizer.state_dict()
+
+    def shapes(state: dict) -> dict:
+        return {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+
+    for index, state in stored["state"].items():
+        if shapes(state) != shapes(own["state"].get(index, {})):
+            raise ValueError(f"the optimizer's state of parameter {index} has other names or shapes")
+    optimizer.load_state_dict(own | {"state": stored["state"]})
 
 
 def step(config, time: float) -> float:

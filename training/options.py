@@ -1,7 +1,7 @@
 """The options of a run. Each is said once, as an entry of `Config`.
 
 The entry gives the check of the value, the option of train.py and reproduce.py, its help, its row
-in the README, and its key in result.json. A new option is a new entry.
+in docs/training.md, and its key in result.json. A new option is a new entry.
 """
 
 import argparse
@@ -35,12 +35,12 @@ def option(
 
     Args:
         default: MISSING for an option that must be given.
-        text: for the help and the README.
+        text: for the help and the docs.
         belongs: "network": to the arguments of `build_model`. "training": to what is trained, and
             how. "test": to what is tested. "report": it changes what a run reports, not what it
             computes. "input", "output": it names a file or device of this machine, and
             result.json does not have it. With --eval_only there are network, test and input.
-        choices: all allowed values.
+        choices: all allowed values, or a table of them.
         metavar: stands for the value in the help.
         at_least, above, below, at_most: bounds of an allowed number.
     """
@@ -48,7 +48,7 @@ def option(
     return field(default=default, metadata={
         "text": text,
         "belongs": belongs,
-        "choices": choices and tuple(choices),
+        "choices": choices,
         "metavar": metavar,
         "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
     })
@@ -74,6 +74,10 @@ class Config:
     sign_eps: float = option(
         0.0, "sign-flip fields: x / (|x| + X) in place of sign(x); the published runs had 1e-8",
         belongs="network", metavar="X", at_least=0, below=math.inf,
+    )
+    init: str | None = option(
+        None, "begin with the weights of another run, in its folder or file, instead of random "
+        "ones", metavar="FILE",
     )
     train_mode: str = option("centered", "version of the training digits", choices=TRAIN_MODES)
     test_mode: str = option(
@@ -162,7 +166,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            check(entry.name, getattr(self, entry.name), entry.type, **entry.metadata)
+            value = getattr(self, entry.name)
+            check(entry.name, value, entry.type, **entry.metadata)
+            if entry.type is float:  # 1 and 1.0 are one setting
+                object.__setattr__(self, entry.name, float(value))
 
         def require(holds: bool, name: str, allowed: str) -> None:
             if not holds:
@@ -179,13 +186,11 @@ class Config:
         for name in ("lr_decay_period", "lr_decay_factor"):
             require(
                 self.lr_schedule == "step" or getattr(self, name) == DEFAULTS[name],
-                name, f"left out with lr_schedule {self.lr_schedule}, which recipe improved has "
-                "too (--lr_schedule step uses it)",
+                name, f"left out with lr_schedule {self.lr_schedule}; lr_schedule step uses it",
             )
         require(
             self.warmup_epochs < self.num_epochs,
-            "warmup_epochs", f"below num_epochs {self.num_epochs} (recipe improved has 1: "
-            "--warmup_epochs 0 takes it back)",
+            "warmup_epochs", f"below num_epochs {self.num_epochs}",
         )
 
     def learning_rate(self, time: float) -> float:
@@ -224,11 +229,13 @@ class Config:
 def check(name: str, value, kind: type, *, choices, bounds, **_) -> None:
     """Check a value by its entry in `Config`. Raises ValueError if it is not allowed."""
     if choices is not None:
-        holds, allowed = value in choices, f"one of {', '.join(choices)}"
+        holds, allowed = value in list(choices), f"one of {', '.join(choices)}"
     elif kind in (int, float):
         if kind is int:
             as_integer(value, name)
-        allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
+        allowed = " and ".join(
+            "finite" if bound == math.inf else f"{word} {bound}" for word, bound in bounds.items()
+        )
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         holds = is_number and all(  # nan fails every comparison
             COMPARISONS[word](value, bound) for word, bound in bounds.items()

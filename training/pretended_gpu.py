@@ -5,7 +5,7 @@
         ...                                 # anything that the code does on a real one
     gpu.launches, gpu.waits                 # what it did
 
-    python -m training.pretended_gpu        # launches of a training step of each model, as JSON
+    python -m training.pretended_gpu [MODEL ...]    # launches of a training step, as JSON
 
 It shows three things without a GPU. An operation on tensors of two devices raises an error, as
 there. `launches` counts kernels that the host would launch, `waits` what makes the host wait for
@@ -18,6 +18,7 @@ process and cannot be taken back, so use it in a process of its own.
 
 import collections
 import json
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -211,5 +212,5 @@ if __name__ == "__main__":
             pooling: launches(partial(build_model, name, pooling=pooling))
             for pooling in POOLINGS
         }
-        for name in MODELS
+        for name in sys.argv[1:] or MODELS
     }))

@@ -13,6 +13,7 @@ from training.environment import describe_environment
 from training.events import RunEvents
 from training.files import say
 
+BATCH_NORM_MOMENTUM = 0.1  # the default of torch.nn
 IN_FIRST_LINE = ("model", "train_mode", "dataset", "precision", "seed")  # of a run's log
 
 
@@ -86,16 +87,47 @@ def format_errors(record: dict) -> str:
 def report_epoch(run, record: dict) -> None:
     """Report the last finished epoch; after the last one of the run, its test errors."""
     errors = format_errors(record)
+    # The part of a running average that its initial value still has.
+    unsettled = (1 - BATCH_NORM_MOMENTUM) ** (record["epoch"] * run.steps) > 0.01
+    note = " (batch normalisation has not settled)" if unsettled else ""
     run.folder.say(
         f"epoch {record['epoch']:2}/{run.config.num_epochs}  loss {record['train_loss']:.4f}  "
         f"train error {record['train_error']:5.2f} %  "
-        + (f"test error {errors}  " if errors else "") + f"{record['seconds']:.1f} s"
+        + (f"test error {errors}{note}  " if errors else "") + f"{record['seconds']:.1f} s"
     )
     if run.events:
         run.events.scalars(record)
         run.events.kernels(run.model, record["epoch"])
     if run.finished:
         run.folder.say(f"test error: {errors}  ({run.result['seconds']:.0f} s, {run.folder.path})")
+
+
+def describe_trained(config, result: dict | None, data) -> str:
+    """How a network was trained, as far as it is known, and on other data than `data` if so.
+
+    Args:
+        config: of its test.
+        result: of its run, or None.
+        data: of its test, as `find_data` returns them.
+    """
+    network = {name: value for name, value in config.network().items() if name != "dropout"}
+    words = [config.model, f"{network.pop('pooling')} pooling"]
+    words += [f"{name} {value}" for name, value in network.items() if value]
+    if result is None:
+        return ", ".join(words)
+    epochs, trained_on = len(result["epochs"]), result["data"]
+    words.append(
+        f"trained for {epochs} epoch{'s' * (epochs != 1)} on {result['config']['train_mode']} "
+        f"digits of {trained_on['file']}"
+    )
+    words += [
+        f"with {name} {result['config'][name]}"
+        for name, value in config.network().items() if value != result["config"][name]
+    ]
+    line = ", ".join(words)
+    if trained_on["sha256"] != data.sha256:
+        line += f"\nother data than these: {data.file} (SHA-256 {data.sha256[:8]}…)"
+    return line
 
 
 def report_finished(run) -> None:

@@ -1,0 +1,219 @@
+"""The tables of README.md and docs/, filled in from results/ and from the options.
+
+    python -m study.pages        # after new results or options
+
+A table stands between ``<!-- NAME -->`` and ``<!-- end -->``, where NAME is one of `TABLES`.
+"""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import benchmark
+import convert_mnist
+import reproduce
+import train
+import visualize
+from models import MODELS, POOLINGS, MobiusGaugeCNN, build_model, count_parameters
+from study.runs import Study
+from study.shifts import consistency, read_error_against_shift
+from study.table import PAPER_RUNS, Cell
+from training.checkpoints import read_result
+from training.files import say, write_atomically
+from training.options import PRECISIONS, TRAIN_MODES
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+RESULTS = ROOT / "results"
+BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NUMBER_FORMATS = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def filled(text: str) -> str:
+    """A page with its tables as they should be."""
+    return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n\n{block[3]}", text)
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def cell(model: str, train_mode: str, version: str, precision: str) -> Cell:
+    """All runs of the paper's protocol in this precision."""
+    study = Study(reproduce.plan(PAPER_RUNS, [model], [train_mode], {"precision": precision}))
+    return Cell(study, model, train_mode, version, reproduce.PAPER)
+
+
+def recipe_cell(recipe: str, version: str) -> Cell:
+    options = {"precision": "bf16", "recipe": recipe}
+    study = Study(reproduce.plan(5, ["mobius_regular"], ["centered"], options))
+    return Cell(study, "mobius_regular", "centered", version)
+
+
+# --------------------------------------------------------------------------------------------------
+# Results
+
+
+def table5() -> str:
+    """Of each cell, the precision with more runs."""
+    rows = []
+    for model in MODELS:
+        rows.append([f"`{model}`"])
+        for mode in TRAIN_MODES:
+            cells = [cell(model, mode, "shifted", precision) for precision in ("bf16", "fp32")]
+            best = max(cells, key=lambda cell: cell.n)
+            mark = " †" if best.n and best.config.precision == "fp32" else ""
+            paper = "{:.2f} ± {:.2f}".format(*best.paper) if best.paper else ""
+            rows[-1] += [f"{best}{mark}", paper]
+    return markdown(["model", "trained on centered", "paper", "trained on shifted", "paper"], rows)
+
+
+def results() -> str:
+    """All runs of the paper's protocol."""
+    study = Study(reproduce.plan(5, list(MODELS), list(TRAIN_MODES), {"precision": "bf16"}))
+    text = reproduce.table(study, reproduce.PAPER, "markdown")
+    return text[:text.index("Not the paper's protocol")].rstrip()
+
+
+def digits() -> str:
+    rows = []
+    for path in sorted((RESULTS / "runs").glob("digits-*.json")):
+        result = read_result(path)
+        errors = [f"{result['test_error'][version]:.2f}" for version in ("shifted", "centered")]
+        rows.append([f"`{result['config']['model']}`", result["config"]["seed"], *errors])
+    return markdown(["model", "seed", "shifted test digits", "centered test digits"], rows)
+
+
+def shifts() -> str:
+    rows = []
+    for row in read_error_against_shift(RESULTS / "error_against_shift.json"):
+        settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
+        errors = f"{min(row['errors']):.2f} … {max(row['errors']):.2f} %"
+        rows.append([
+            f"`{row['model']}`", row["seed"], settings,
+            f"{row['changed']:,} of {row['predictions']:,}", consistency(row), errors,
+        ])
+    return markdown([
+        "network", "seed", "settings", "another class than at shift 0", "the same class",
+        "test error, over the shifts",
+    ], rows)
+
+
+def poolings() -> str:
+    rows = []
+    for pooling in POOLINGS:
+        options = {"precision": "bf16", "pooling": pooling}
+        study = Study(reproduce.plan(3, ["mobius_regular"], list(TRAIN_MODES), options))
+        cells = [Cell(study, "mobius_regular", mode, "shifted") for mode in TRAIN_MODES]
+        rows.append(["`mobius_regular`", f"`{pooling}`", *cells])
+    return markdown(["model", "`--pooling`", "trained on centered", "trained on shifted"], rows)
+
+
+def recipes() -> str:
+    rows = []
+    for recipe in ("improved", "paper"):
+        cells = [recipe_cell(recipe, version) for version in ("shifted", "centered")]
+        errors = ", ".join(f"{error:.2f}" for error in cells[0].errors)
+        rows.append([f"`--recipe {recipe}`", *cells, errors])
+    return markdown([
+        "`mobius_regular`, trained on centered digits", "shifted test digits",
+        "centered test digits", "seeds",
+    ], rows)
+
+
+def reliability() -> str:
+    survived = read("reliability.json")["survived"]
+    return markdown(["", "times"], [[what, count] for what, count in survived.items()])
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and time
+
+
+def models() -> str:
+    words = {
+        "cnn_same_channels": "conventional CNN, as many channels",
+        "cnn_same_params": "conventional CNN, about as many parameters",
+        "mobius_scalar": "scalar fields only",
+        "mobius_signflip": "sign-flip fields only",
+        "mobius_regular": "regular fields only",
+        "mobius_irrep": "scalar and sign-flip fields",
+        "mobius_mixed": "all three",
+    }
+    rows = []
+    for name in MODELS:
+        model, fields = build_model(name, device="meta"), ""
+        if isinstance(model, MobiusGaugeCNN):
+            fields = tuple(model.mobius_cnn[0].out_fields)
+        rows.append([f"`{name}`", words.get(name, ""), fields, f"{count_parameters(model):,}"])
+    return markdown(["`--model`", "", "fields of the first convolution", "parameters"], rows)
+
+
+def speed() -> str:
+    rows = []
+    for row in read("benchmark.json")["rows"]:
+        name = row["model"] if row["model"] == benchmark.TEXTBOOK else f"`{row['model']}`"
+        figures = [
+            text for task in ("step", "infer")
+            for text in (f"{row[task]['ratio']:.2f}", f"{row[task]['images_per_second']:,.0f}")
+        ]
+        rows.append([
+            name, NUMBER_FORMATS[row["precision"]], *figures, f"{row['memory_ratio']:.2f}"
+        ])
+    return markdown([
+        "model", "precision", "training step, ratio", "images/s", "inference, ratio", "images/s",
+        "peak memory, ratio",
+    ], rows)
+
+
+def pooling_cost() -> str:
+    measured = read("benchmark_pooling.json")["rows"]
+    rows = []
+    for model in MODELS:
+        ratios = {row["precision"]: row for row in measured if row["model"] == model}
+        rows.append([f"`{model}`", *(
+            f"{ratios[precision][task]['ratio']:.2f}"
+            for task in ("step", "infer") for precision in PRECISIONS
+        )])
+    return markdown([
+        "model", "training step, float32", "bfloat16", "inference, float32", "bfloat16"
+    ], rows)
+
+
+def options_of(module) -> str:
+    """All options of a script; of reproduce.py, those that train.py has not."""
+    table = module.command_line().markdown()
+    if module is not reproduce:
+        return table
+    of_train = train.command_line().markdown().splitlines()[2:]
+    return "\n".join(line for line in table.splitlines() if line not in of_train)
+
+
+TABLES = {
+    "table5": table5, "results": results, "digits": digits, "shifts": shifts,
+    "poolings": poolings, "recipes": recipes, "reliability": reliability, "models": models,
+    "speed": speed, "pooling_cost": pooling_cost,
+    **{
+        f"{module.__name__}_options": partial(options_of, module)
+        for module in (train, convert_mnist, reproduce, visualize, benchmark)
+    },
+}
+
+
+def main() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if filled(text) != text:
+            with write_atomically(page) as file:
+                file.write(filled(text).encode())
+            say(f"filled {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""README.md and docs/: commands, tables, figures in the text, links, pictures and code."""
+
+import contextlib
+import io
+import json
+import re
+
+import torch
+
+import benchmark
+import convert_mnist
+import reproduce
+import train
+import visualize
+from study import figures, pages
+from study.runs import run_name
+from tests.support import ROOT, FilesCase
+
+TEXTS = {page.relative_to(ROOT): page.read_text(encoding="utf-8") for page in pages.PAGES}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+class TestPages(FilesCase):
+    def test_readme_is_short(self):
+        self.assertLessEqual(len(README.splitlines()), 200)
+
+    def test_commands(self):
+        setup = (
+            "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
+            ".venv/bin/python "
+        )
+        text = "".join(TEXTS.values())
+        blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        commands = [line for block in blocks for line in block.splitlines()]
+        for command in ("train.py --model mobius_regular --dataset digits", "unit_tests.py"):
+            self.assertEqual(commands.count(setup + command), 1)
+        scripts = (train, convert_mnist, benchmark, reproduce, visualize)
+        modules = {f"{module.__name__}.py": module for module in scripts}
+        parsed = 0
+        for command in commands:
+            words = command.split("#")[0].split()
+            script = next((word for word in words if word in modules), None)
+            if script and words[0] in ("python", "torchrun", "OMP_NUM_THREADS=1"):
+                modules[script].command_line().parse_args(words[words.index(script) + 1:])
+                parsed += 1
+        self.assertGreater(parsed, 20)
+
+    def test_tables(self):
+        """They are what the files in results/ and the options give."""
+        for page, text in TEXTS.items():
+            self.assertTrue(pages.filled(text) == text, f"{page}: run python -m study.pages")
+        used = {match[1] for text in TEXTS.values() for match in pages.BLOCK.findall(text)}
+        self.assertEqual(used, set(pages.TABLES))
+
+    def test_a_table_that_is_wrong_is_found(self):
+        page = "a\n\n<!-- digits -->\n| 3.6 |\n<!-- end -->\n\nb\n"
+        self.assertIn("3.60 | 2.80 |\n\n<!-- end -->\n\nb", pages.filled(page))
+
+    def test_figures_in_the_text(self):
+        regular = {
+            recipe: pages.recipe_cell(recipe, "shifted") for recipe in ("paper", "improved")
+        }
+        cnn = pages.cell("cnn_same_channels", "centered", "shifted", "bf16")
+        changed = {
+            (row["model"], *row["settings"].values()): row["changed"]
+            for row in pages.read("error_against_shift.json")["rows"]
+        }
+        (step,) = [
+            row["step"]["ratio"] for row in pages.read("benchmark.json")["rows"]
+            if (row["model"], row["precision"]) == ("mobius_regular", "fp32")
+        ]
+        curves = pages.read("gradient_norms.json")["curves"]
+        for text, figure in [
+            (README, f"{regular['paper'].mean:.1f} % test error"),
+            (README, f"conventional CNN has {cnn.mean:.0f} %"),
+            (README, f"{changed['mobius_regular', 'polyphase']} change under all 56 shifts"),
+            (README, f"where {changed['mobius_regular',]:,} do"),
+            (README, f"{regular['improved'].mean:.2f} ± {regular['improved'].std:.2f} % (5 runs)"),
+            (README, f"{regular['paper'].mean:.2f} ± {regular['paper'].std:.2f} % (5 runs)"),
+            (README, f"takes {step:.2f} times as long"),
+            (self.page("results"), "its maximum " + " and ".join(
+                f"{max(curve['norms']):.3g}" for curve in curves
+            )),
+        ]:
+            self.assertIn(figure, text.replace("\n", " "))
+
+    @staticmethod
+    def page(name: str) -> str:
+        return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+    def test_committed_runs(self):
+        for path in sorted((ROOT / "results" / "runs").glob("*.json")):
+            result = json.loads(path.read_text())
+            self.assertEqual(result["status"], "finished", path)
+            self.assertEqual(run_name(train.Config(**result["config"])), path.stem)
+
+    def test_links(self):
+        for page, text in TEXTS.items():
+            for link in (
+                *re.findall(r"\]\(([^)#:]+)[)#]", text), *re.findall(r'src(?:set)?="([^"]+)"', text),
+            ):
+                self.assertTrue((ROOT / page.parent / link).exists(), f"{page}: {link}")
+        for path in (*ROOT.glob("*.py"), *ROOT.glob("docs/*.md")):
+            name = path.relative_to(ROOT)
+            linked = any(f"{path.name}" in text for page, text in TEXTS.items() if page != name)
+            self.assertTrue(linked, name)
+
+    def test_code(self):
+        """The code of each page is a program. That of docs/layers.md has a test of its own."""
+        for page, text in TEXTS.items():
+            snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+            if page.name != "layers.md" and snippets:
+                torch.manual_seed(0)
+                with self.subTest(page):
+                    namespace = {}
+                    for snippet in snippets:
+                        exec(snippet, namespace)
+
+    def test_walkthrough(self):
+        """Seven steps, each with five to fifteen lines and something that it asserts."""
+        steps = re.split(r"^## \d\. .+$", self.page("walkthrough"), flags=re.MULTILINE)[1:]
+        self.assertEqual(len(steps), 7)
+        for step in steps:
+            (snippet,) = re.findall(r"```python\n(.*?)```", step, re.DOTALL)
+            lines = [line for line in snippet.splitlines() if line.strip()]
+            self.assertIn(len(lines), range(5, 16))
+            self.assertRegex(snippet, r"assert")
+
+    def test_pictures(self):
+        """All that visualize.py draws is shown, in both styles, with a description, and small."""
+        folder = ROOT / "visualizations"
+        names = {
+            f"{name}{style}.{'png' if picture.pixels else 'svg'}"
+            for name, picture in visualize.PICTURES.items()
+            for style in (figures.STYLES if picture.text else [""])
+        }
+        self.assertEqual({path.name for path in folder.iterdir()}, names | {"README.md"})
+        everywhere = set()
+        for page, text in TEXTS.items():
+            shown = re.findall(r'(?:src="|srcset="|\]\()(?:\.\./)?visualizations/([^")]+)', text)
+            self.assertEqual(len(shown), len(set(shown)), page)
+            self.assertEqual(
+                len({name.replace("-dark", "") for name in shown}),
+                len(re.findall("alt=|!\\[.+?\\]", text)), page,
+            )
+            for name in shown:  # with its other style
+                plain = name.replace("-dark", "")
+                in_both = {plain, plain.replace(".", "-dark.")} <= set(shown)
+                self.assertEqual(visualize.PICTURES[plain.split(".")[0]].text, in_both, name)
+            everywhere |= set(shown)
+        self.assertEqual(everywhere, names)
+        self.assertLess(sum(path.stat().st_size for path in folder.iterdir()), 3_000_000)
+
+    def test_pictures_of_results(self):
+        """They are of the results that are there."""
+        names = ["results", "error_against_shift", "gradient_norm", "training_curves", "models"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            visualize.main([*names, "--out", str(self.folder)])
+        for path in self.folder.iterdir():
+            committed = (ROOT / "visualizations" / path.name).read_text()
+            version = re.search(r"Matplotlib v[\d.]+", committed)[0]
+            if version in path.read_text():  # another one may write it otherwise
+                about = f"python visualize.py {path.stem.split('-')[0]}"
+                self.assertEqual(path.read_text(), committed, about)
+        for row in pages.read("error_against_shift.json")["rows"]:
+            stored = pages.read(f"runs/{row['run']}.json")
+            self.assertAlmostEqual(row["errors"][0], stored["test_error"]["centered"], delta=0.05)
+
+    def test_citation(self):
+        """CITATION.cff has the paper and the book."""
+        citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+        for name in ("arXiv preprint arXiv:2106.06020", "World Scientific", "10.1142/14143"):
+            self.assertIn(name, README)
+            self.assertIn(name, citation)
