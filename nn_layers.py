@@ -256,11 +256,11 @@ class MobiusConv(nn.Module):
                 add_parameter(f"bias_{out_type}", (o,))
         self.has_bias = any(name.startswith("bias") for name in self.parameter_names)
         self.reset_parameters()
-        self.register_load_state_dict_post_hook(_find_sources)  # for layers made on "meta"
+        self.register_load_state_dict_post_hook(MobiusConv._after_loading)
 
     def reset_parameters(self) -> None:
         """Weights from N(0, std²) with std = 2 / sqrt(k² (C_in + C_out)), biases zero."""
-        _find_sources(self)
+        self._find_entries()
         fan = self.kernel_size**2 * (self.in_fields.channels + self.out_fields.channels)
         for name, parameter in self.named_parameters():
             if name.startswith("weights"):
@@ -282,10 +282,37 @@ class MobiusConv(nn.Module):
         """
         stored = [getattr(self, name).flatten() for name in self.parameter_names]
         stored = torch.cat([stored[0].new_zeros(1), *stored])
-        entries = stored.index_select(0, self.source) * self.sign
+        entries = stored.index_select(0, self._source) * self._sign
         c_out, c_in, k = self.out_fields.channels, self.in_fields.channels, self.kernel_size
         kernel, bias = entries.split([c_out * c_in * k**2, c_out])
         return kernel.view(c_out, c_in, k, k), bias if self.has_bias else None
+
+    def _find_entries(self) -> None:
+        """Find which stored value each entry of the kernel and the bias is, and with which sign.
+
+        Labels in place of the stored values tell: 1, 2, ... for these, 0 for an entry that is zero.
+        One gather then expands the kernel, where the table above takes up to 25 operations, each of
+        which is a launch on a GPU.
+
+        The result is no buffer: averages of weights would average it, and DDP would send it round.
+        """
+        shapes = {name: getattr(self, name).shape for name in self.parameter_names}
+        sizes = [shape.numel() for shape in shapes.values()]
+        device = next(self.parameters()).device
+        numbers = torch.arange(1, 1 + sum(sizes), dtype=torch.int32, device=device).split(sizes)
+        labels = {name: n.view(shape) for n, (name, shape) in zip(numbers, shapes.items())}
+        kernel = steerable_kernel(labels, self.in_fields, self.out_fields)
+        entries = torch.cat([kernel.flatten(), invariant_bias(labels, self.out_fields)])
+        self._source, self._sign = entries.abs(), entries.sign().to(torch.int8)
+
+    def _after_loading(self, incompatible_keys) -> None:
+        self._find_entries()  # the values may have come to another device
+
+    def _apply(self, fn, recurse: bool = True):
+        """As of every module, for .to(), .cuda() and to_empty(); then the entries follow."""
+        super()._apply(fn, recurse)
+        self._find_entries()
+        return self
 
     def export(self) -> nn.Sequential:
         """An equal layer of a `TransportPad` and an `nn.Conv2d`, with parameters of its own."""
@@ -302,22 +329,6 @@ class MobiusConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.in_fields)}, {tuple(self.out_fields)}, kernel_size={self.kernel_size}"
-
-
-def _find_sources(layer: MobiusConv, _=None) -> None:
-    """Find which stored value each entry of the kernel and the bias is, and with which sign.
-
-    Labels in place of the stored values tell: 1, 2, ... for these, 0 for an entry that is zero.
-    One gather then expands the kernel, where the table above takes up to 25 operations.
-    """
-    shapes = {name: getattr(layer, name).shape for name in layer.parameter_names}
-    sizes = [shape.numel() for shape in shapes.values()]
-    numbers = torch.arange(1, 1 + sum(sizes), device=next(layer.parameters()).device).split(sizes)
-    labels = {name: n.view(shape) for n, (name, shape) in zip(numbers, shapes.items())}
-    kernel = steerable_kernel(labels, layer.in_fields, layer.out_fields)
-    entries = torch.cat([kernel.flatten(), invariant_bias(labels, layer.out_fields)])
-    layer.register_buffer("source", entries.abs(), persistent=False)
-    layer.register_buffer("sign", entries.sign().to(torch.int8), persistent=False)
 
 
 def _odd_kernel_size(kernel_size) -> int:
