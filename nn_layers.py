@@ -528,8 +528,8 @@ def field_statistics(x: Tensor, fields: Fields) -> tuple[Tensor, Tensor, Tensor]
     changes all but 0; their variances are the mean square.
 
     Returns:
-        Tensors ``(m_triv + m_reg,)`` and twice ``(m_triv + m_sign + m_reg,)``, in float32 for half
-        precision.
+        Mean, ``(m_triv + m_reg,)``; variance and unbiased variance, ``(m_triv + m_sign + m_reg,)``
+        each; in float32 for half precision.
     """
     statistics = []
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -551,7 +551,7 @@ class EquivBatchNorm(nn.Module):
 
     Trivial fields: (x - mean) / sqrt(variance + eps) * weight + bias, as usual. Regular fields: the
     same, and the two channels of a field share statistics and parameters. Sign-flip fields:
-    x / sqrt(mean square + eps) * weight, as another mean or bias than 0 would not change its sign.
+    x / sqrt(mean square + eps) * weight, since a mean or bias other than 0 does not change sign.
 
     Commutes with `gauge_transform` and `isometry_action`, in training too, even if each sample is
     shifted by a t of its own: the statistics are sums over all samples and pixels.
@@ -587,11 +587,15 @@ class EquivBatchNorm(nn.Module):
         super().__init__()
         self.in_fields = self.out_fields = as_fields(in_fields, "in_fields")
         self.eps, self.momentum, self.affine = eps, momentum, affine
-        scales = torch.empty(sum(self.in_fields), device=device, dtype=dtype)
-        shifts = torch.empty_like(scales[self.in_fields.sign:])
-        self.weight, self.bias = map(nn.Parameter, (scales, shifts)) if affine else (None, None)
-        self.register_buffer("running_mean", torch.empty_like(shifts))
-        self.register_buffer("running_var", torch.empty_like(scales))
+        triv, sign, reg = self.in_fields
+        var = torch.empty(triv + sign + reg, device=device, dtype=dtype)
+        mean = torch.empty(triv + reg, device=device, dtype=dtype)
+        self.weight, self.bias = None, None
+        if affine:
+            self.weight = nn.Parameter(torch.empty_like(var))
+            self.bias = nn.Parameter(torch.empty_like(mean))
+        self.register_buffer("running_mean", mean)
+        self.register_buffer("running_var", var)
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
         self.reset_parameters()
 
@@ -710,7 +714,7 @@ class MobiusSequential(nn.Sequential):
                     f"{place} has in_fields {tuple(in_fields)}, "
                     f"but {before} has out_fields {tuple(self.out_fields)}"
                 )
-            before, self.out_fields = place, as_fields(layer.out_fields)
+            before, self.out_fields = place, as_fields(layer.out_fields, f"out_fields of {place}")
 
 
 # --------------------------------------------------------------------------------------------------
