@@ -30,7 +30,7 @@ from training.files import CommandLine, say, write_atomically
 from training.run_folder import Busy
 
 FOLDER = Path(__file__).resolve().parent / "visualizations"
-STRIP_LENGTH = 5 * LENGTH  # of the strip in space
+STRIP_LENGTH = 8 * LENGTH  # of the strip in space
 DOTS = 180  # per inch, of a picture of pixels
 
 
@@ -48,18 +48,18 @@ class Picture(NamedTuple):
 
 
 def _strip(figures, material: Material):
-    shifts = [STRIP_LENGTH * fifths // 5 for fifths in (0, 2, 3, 4, 5)]
+    shifts = [STRIP_LENGTH * eighths // 8 for eighths in (0, 4, 7, 8)]  # it faces the viewer
     return figures.strips_in_space(material.digit, shifts, STRIP_LENGTH)
 
 
 def _two_turns(figures, material: Material):
     return [figures.strips_in_space(material.digit, [shift], STRIP_LENGTH)
-            for shift in range(0, 2 * STRIP_LENGTH, 5)]
+            for shift in range(0, 2 * STRIP_LENGTH, 8)]
 
 
 def _transport_padding(figures, material: Material):
     features = isometry_action(material.features, LENGTH // 2 - 2, FIELDS)
-    return figures.transport_padding(features, FIELDS, pad=6)
+    return figures.transport_padding(features, FIELDS, pad=2)
 
 
 PICTURES = {

@@ -12,11 +12,15 @@ from nn_layers import MobiusConv, MobiusConvNaive
 
 
 class LayerFeatures(NamedTuple):
-    """Features of a digit, the same shifted along the strip, and those of the shifted digit."""
+    """Features of a digit, the same shifted along the strip, and those of the shifted digit.
+
+    fields: their types.
+    """
 
     of_digit: Tensor
     shifted: Tensor
     of_shifted_digit: Tensor
+    fields: Fields
 
     @property
     def difference(self) -> Tensor:
@@ -67,7 +71,7 @@ def features_and_shift(model: nn.Module, image: Tensor, shift: int) -> NetworkFe
     layers = []
     for (x, fields), (y, _) in zip(*(feature_maps(model, digit) for digit in digits)):
         moved = isometry_action(x, shift * x.shape[3] // image.shape[3], fields)
-        layers.append(LayerFeatures(x, moved, y))
+        layers.append(LayerFeatures(x, moved, y, fields))
     with torch.no_grad():
         classes = tuple(model(digit).argmax(1).item() for digit in digits)
     return NetworkFeatures(layers, classes)

@@ -9,19 +9,23 @@ takes the colours of matplotlib's settings (`STYLES`); the rest is legible on li
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import torch
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from convert_mnist import LENGTH, SCALAR
+from convert_mnist import SCALAR
 from fields import (
     REPRESENTATIONS, Fields, gauge_transform, isometry_action, split_types,
 )
-from models import count_parameters
+from models import MODELS, count_parameters
 from nn_layers import MobiusConv, MobiusConvNaive, transport_pad
 from study.features import NetworkFeatures
 
@@ -34,22 +38,27 @@ LABELS = {
     "mobius_irrep": "gauge CNN (irreps)",
     "mobius_mixed": "gauge CNN (mixed)",
 }
-# Colour-blind readers can tell them apart too (Okabe and Ito), on white and on black.
-COLOURS = dict(zip(
-    LABELS, ("#D55E00", "#E69F00", "#56B4E9", "#CC79A7", "#0072B2", "#009E73", "#999999")))
 TYPES = {"triv": "scalar", "sign": "sign-flip", "reg": "regular"}
-TYPE_COLOURS = {
-    "triv": COLOURS["mobius_scalar"],
-    "sign": COLOURS["mobius_signflip"],
-    "reg": COLOURS["mobius_regular"],
-}
-NO_TYPE = COLOURS["cnn_same_channels"]
-
-GREY = "#8B949E"
+# Colour-blind readers can tell them apart too (Okabe and Ito, but for the last two), on white and
+# on black.
+TYPE_COLOURS = {"triv": "#56B4E9", "sign": "#CC79A7", "reg": "#0072B2"}
+NO_TYPE = "#D55E00"
+COLOURS = (NO_TYPE, "#E69F00", *TYPE_COLOURS.values(), "#009E73", "#8B6BD9", "#A6761D")
+GREY = "#727A83"  # contrast 4.3 with GitHub's light page and with its dark one
 INK = LinearSegmentedColormap.from_list("ink", ["#F3EDE0", "#14181D"])  # scalars in [0, 1]
 SIGNED = "RdBu_r"  # features, from -1 to 1 times the largest
 _DARK = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 STYLES = {"": {}, "-dark": dict.fromkeys(_DARK, "#E6EDF3")}
+
+
+def model_label(model: str) -> str:
+    return LABELS.get(model, model)
+
+
+def model_colour(model: str) -> str:
+    """By the model's place in `MODELS`, in turn where there are more models than colours."""
+    names = list(MODELS)
+    return COLOURS[names.index(model) % len(COLOURS)] if model in names else GREY
 
 
 def _show(axes, image: Tensor, largest: float | None = None, frame: str = GREY,
@@ -119,35 +128,55 @@ def centered_and_shifted(centered: Tensor, shifted: Tensor, shifts: Tensor,
     return figure
 
 
-def _corners(width: int, length: int) -> np.ndarray:
-    """Positions in space of the corners of a strip's pixels, (3, W + 1, L + 1).
+EDGE, CUT = "#8A7F6B", NO_TYPE  # lines on a strip in space
+ELEVATION = math.radians(28)  # from which it is seen
+# From coordinates in space to those seen: to the right, up, and towards the viewer.
+VIEW = np.array([[0, -math.sin(ELEVATION), math.cos(ELEVATION)],
+                 [1, 0, 0],
+                 [0, math.cos(ELEVATION), math.sin(ELEVATION)]])
+LIGHT = VIEW @ (-0.3, 0.4, 0.9)  # over the viewer's left shoulder
 
-    In the middle of the strip the sides of a pixel are 1. Towards the edges the strip is stretched
-    or compressed along its length, as paper cannot be.
+
+def _in_space(across: np.ndarray, along: np.ndarray, length: int) -> np.ndarray:
+    """Positions in space, (..., 3), of points on a strip that is upright at its cut.
+
+    In the middle of the strip lengths are kept. Towards the edges the strip is stretched or
+    compressed along its length, as paper cannot be.
     """
-    across = np.arange(width + 1)[:, None] - width / 2
-    around = 2 * np.pi * np.arange(length + 1) / length  # the strip has turned by half as much
-    radius = length / (2 * np.pi) + across * np.cos(around / 2)
-    return np.stack([radius * np.cos(around), radius * np.sin(around), across * np.sin(around / 2)])
+    angle = 2 * np.pi * along / length
+    tilt = (angle - np.pi) / 2
+    radius = length / (2 * np.pi) + across * np.cos(tilt)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle), across * np.sin(tilt)], -1)
+
+
+def _quads(image: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Corners (W + 2, L + 2, 4, 3) and colours (W + 2, L + 2, 4) of a strip in space.
+
+    They are those of its pixels, with the edge as a row on both sides, and the cut as a column.
+    """
+    width, length = image.shape
+    across = np.r_[-0.8, 0:width + 1, width + 0.8] - width / 2
+    along = np.r_[0, 0.7, 1:length, length - 0.7, length]
+    points = _in_space(across[:, None], along, length)
+    corners = np.stack([points[:-1, :-1], points[:-1, 1:], points[1:, 1:], points[1:, :-1]], 2)
+    colours = np.pad(INK(image.detach().cpu().numpy()), ((1, 1), (1, 1), (0, 0)))
+    colours[[0, -1]], colours[:, [0, -1]] = to_rgba(EDGE), to_rgba(CUT)
+    normals = np.cross(corners[:, :, 2] - corners[:, :, 0], corners[:, :, 3] - corners[:, :, 1])
+    cosines = np.abs(normals @ LIGHT) / np.linalg.norm(normals, axis=2) / np.linalg.norm(LIGHT)
+    colours[..., :3] *= (0.6 + 0.4 * cosines)[..., None]
+    return corners, colours
 
 
 def _draw_in_space(axes, image: Tensor) -> None:
-    corners = _corners(*image.shape)
-    diagonals = (corners[:, 1:, 1:] - corners[:, :-1, :-1],
-                 corners[:, :-1, 1:] - corners[:, 1:, :-1])
-    normals = np.cross(*diagonals, axis=0)
-    light = np.array([0.3, -0.5, 0.8]) / np.linalg.norm([0.3, -0.5, 0.8])
-    cosines = np.abs(np.tensordot(light, normals / np.linalg.norm(normals, axis=0), 1))
-    colours = INK(image.detach().cpu().numpy())
-    colours[..., :3] *= (0.72 + 0.28 * cosines)[..., None]
-    axes.plot_surface(*corners, facecolors=colours, rstride=1, cstride=1, shade=False,
-                      linewidth=0, antialiased=False)
-    cut = corners[:, :, 0]
-    axes.plot(*cut, color=COLOURS["cnn_same_channels"], linewidth=1.5, zorder=10)
-    low, high = corners.min((1, 2)), corners.max((1, 2))
-    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
-    axes.set_box_aspect(high - low, zoom=1.3)
-    axes.view_init(elev=38, azim=220)
+    corners, colours = _quads(image)
+    seen = (corners @ VIEW).reshape(-1, 4, 3)
+    order = seen[:, :, 2].mean(1).argsort()  # what is nearer hides what is farther
+    axes.add_collection(PolyCollection(
+        seen[order, :, :2], facecolors=colours.reshape(-1, 4)[order], linewidth=0,
+        antialiased=False))
+    axes.set_aspect("equal")
+    axes.margins(0.01)
+    axes.autoscale_view()
     axes.set_axis_off()
 
 
@@ -160,14 +189,13 @@ def on_long_strip(image: Tensor, length: int) -> Tensor:
     return torch.cat([image, blank], dim=3)
 
 
-def strips_in_space(image: Tensor, shifts: Sequence[int], length: int = 5 * LENGTH) -> Figure:
+def strips_in_space(image: Tensor, shifts: Sequence[int], length: int) -> Figure:
     """A digit ``(1, 1, W, L)`` at several shifts on a strip in space; the cut is a line."""
-    figure = Figure(figsize=(1.72 * len(shifts), 1.75))
+    figure = Figure(figsize=(2.15 * len(shifts), 1.7))
     for i, shift in enumerate(shifts):
-        axes = figure.add_axes((i / len(shifts), -0.04, 1 / len(shifts), 1), projection="3d")
+        axes = figure.add_axes(((i + 0.01) / len(shifts), 0, 0.98 / len(shifts), 0.88))
         _draw_in_space(axes, isometry_action(on_long_strip(image, length), shift, SCALAR)[0, 0])
-        figure.text((i + 0.5) / len(shifts), 0.91, f"t = {shift}", ha="center", color=GREY,
-                    fontsize=9)
+        figure.text((i + 0.5) / len(shifts), 0.9, f"t = {shift}", ha="center", color=GREY)
     return figure
 
 
@@ -222,7 +250,7 @@ def transport_padding(x: Tensor, fields, pad: int) -> Figure:
     types, largest = channel_types(fields), _largest_of_types(x, fields)
     width, length = x.shape[2:]
     padded = transport_pad(x, pad, fields)[0]
-    figure = Figure(figsize=(2 * len(types), 2.7), layout="constrained")
+    figure = Figure(figsize=(2 * len(types), 2.5), layout="constrained")
     titles, texts = _channels(fields, CHANNEL_NAMES), _channels(fields, OVER_THE_CUT)
     axes = figure.subplots(1, len(types))
     for ax, name, title, text, image in zip(axes, types, titles, texts, padded):
@@ -232,10 +260,10 @@ def transport_padding(x: Tensor, fields, pad: int) -> Figure:
         edge = -0.5
         for left in (edge, edge + pad + length):
             ax.add_patch(Rectangle((left, edge + pad), pad, width, fill=False, edgecolor=colour,
-                                   linewidth=2.5))
+                                   linewidth=1.8))
         for left in (edge + pad, edge + length):
             ax.add_patch(Rectangle((left, edge + pad), pad, width, fill=False, edgecolor=colour,
-                                   linewidth=1.2, linestyle=(0, (3, 2))))
+                                   linewidth=1.2, linestyle=(0, (2, 1.5))))
         for row in (edge + pad, edge + pad + width):
             ax.plot([edge, edge + length + 2 * pad], [row, row], color=GREY, linewidth=0.8)
         ax.set_title(title, fontsize=9)
@@ -243,52 +271,59 @@ def transport_padding(x: Tensor, fields, pad: int) -> Figure:
     return figure
 
 
+# What becomes of a free kernel K, or of two, K and M: a row for each channel of the input.
 CONSTRAINTS = {
-    ("triv", "triv"): "symmetric",
-    ("triv", "sign"): "antisymmetric",
-    ("triv", "reg"): "K, flip K",
-    ("sign", "triv"): "antisymmetric",
-    ("sign", "sign"): "symmetric",
-    ("sign", "reg"): "K, −flip K",
-    ("reg", "triv"): "(K, flip K)",
-    ("reg", "sign"): "(K, −flip K)",
-    ("reg", "reg"): "(K, M), (flip M, flip K)",
+    ("triv", "triv"): [["symmetric"]],
+    ("triv", "sign"): [["antisymmetric"]],
+    ("triv", "reg"): [["K", "flip K"]],
+    ("sign", "triv"): [["antisymmetric"]],
+    ("sign", "sign"): [["symmetric"]],
+    ("sign", "reg"): [["K", "−flip K"]],
+    ("reg", "triv"): [["K"], ["flip K"]],
+    ("reg", "sign"): [["K"], ["−flip K"]],
+    ("reg", "reg"): [["K", "M"], ["flip M", "flip K"]],
 }
-# Sizes of `steerable_kernels` in inches: of a kernel, of the gap beside it in its block, of the
-# gap between blocks, of the space above the first.
-SIDE, GAP, BETWEEN, HEAD = 1.0, 0.1, 0.55, 0.62
 
 
-def _places(fields: Fields, start: float, between: float) -> dict[str, list[float]]:
-    """Where the kernels of each type's channels begin, in inches."""
-    places = {}
+def _channel_places(fields: Fields, start: float, step: float, between: float):
+    """Of each channel its type, its number within the type, and where it begins, in inches."""
+    places = []
     for name, m in zip(REPRESENTATIONS, fields):
-        if m:
-            number = m * REPRESENTATIONS[name].dim
-            places[name] = [start + i * (SIDE + GAP) for i in range(number)]
-            start = places[name][-1] + SIDE + between
+        number = m * REPRESENTATIONS[name].dim
+        places += [(name, i, start + i * step) for i in range(number)]
+        start += number * step + between * (m > 0)
     return places
+
+
+def _axes_at(figure: Figure, left: float, top: float, side: float):
+    """A square, in inches from the figure's upper left corner."""
+    width, height = figure.get_size_inches()
+    return figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
+
+
+def _write(figure: Figure, left: float, top: float, text: str, **style) -> None:
+    """A text, in inches from the figure's upper left corner."""
+    figure.text(left, figure.get_figheight() - top, text, transform=figure.dpi_scale_trans, **style)
 
 
 def steerable_kernels(conv: MobiusConv) -> Figure:
     """The expanded kernels, a block for each pair of types: input rows, output columns."""
     kernel, _ = conv.expand()
     largest = _largest(kernel)
-    rows, columns = _places(conv.in_fields, HEAD, HEAD), _places(conv.out_fields, GAP, BETWEEN)
-    width, height = (max(map(max, places.values())) + SIDE + GAP for places in (columns, rows))
-    figure = Figure(figsize=(width, height))
-    for name_in, tops in rows.items():
-        for name_out, lefts in columns.items():
-            figure.text((lefts[0] + lefts[-1] + SIDE) / 2 / width, 1 - (tops[0] - 0.08) / height,
-                        f"{TYPES[name_in]} → {TYPES[name_out]}\n{CONSTRAINTS[name_in, name_out]}",
-                        ha="center", va="bottom", fontsize=9)
-    tops = [top for places in rows.values() for top in places]  # in the order of the channels
-    lefts = [(name, left) for name, places in columns.items() for left in places]
-    for i, top in enumerate(tops):
-        for o, (name, left) in enumerate(lefts):
-            axes = figure.add_axes((left / width, 1 - (top + SIDE) / height, SIDE / width,
-                                    SIDE / height))
-            _show(axes, kernel[o, i], largest, TYPE_COLOURS[name], linewidth=2)
+    side, gap, label, title = 1.0, 0.1, 0.24, 0.35  # inches
+    rows = _channel_places(conv.in_fields, title + label, side + label, title)
+    columns = _channel_places(conv.out_fields, gap, side + gap, 0.45)
+    figure = Figure(figsize=(columns[-1][2] + side + gap, rows[-1][2] + side + gap))
+    for i, (name_in, row, top) in enumerate(rows):
+        for o, (name_out, column, left) in enumerate(columns):
+            axes = _axes_at(figure, left, top, side)
+            _show(axes, kernel[o, i], largest, TYPE_COLOURS[name_out], linewidth=2)
+            texts = CONSTRAINTS[name_in, name_out]
+            texts = texts[row % len(texts)]
+            axes.set_title(texts[column % len(texts)], fontsize=10, pad=4)
+            if row == column == 0:  # of the block
+                _write(figure, left, top - label, f"{TYPES[name_in]} → {TYPES[name_out]}",
+                       fontsize=9, weight="bold")
     return figure
 
 
@@ -328,73 +363,109 @@ def first_kernels(model: nn.Module, columns: int = 8) -> Figure:
 # Networks
 
 
+def _output(conv: MobiusConv | MobiusConvNaive) -> list[tuple[int, int, str]]:
+    """Number of fields of each type, of their channels, and their colour."""
+    if isinstance(conv, MobiusConvNaive):
+        return [(conv.out_channels, conv.out_channels, NO_TYPE)]
+    return [(m, m * REPRESENTATIONS[name].dim, TYPE_COLOURS[name])
+            for name, m in zip(REPRESENTATIONS, conv.out_fields) if m]
+
+
 def model_table(models: Mapping[str, nn.Module]) -> Figure:
     """The field types of each convolution's output, and the number of parameters.
 
-    A bar is as long as the convolution has channels, relative to the first model's.
+    A bar is as long as its fields have channels, relative to the most of any model; the number in
+    it is that of fields.
     """
-    channels = [conv.out_channels for conv in _convolutions(next(iter(models.values())))]
-    figure = Figure(figsize=(8.6, 3.3), layout="constrained")
+    outputs = [[_output(conv) for conv in _convolutions(model)] for model in models.values()]
+    channels = [[sum(size for _, size, _ in output) for output in row] for row in outputs]
+    most = [max(column) for column in zip_longest(*channels, fillvalue=0)]
+    figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     axes = figure.add_subplot()
     for row, model in enumerate(models.values()):
-        for column, conv in enumerate(_convolutions(model)):
-            if isinstance(conv, MobiusConv):
-                parts = [(m, m * REPRESENTATIONS[name].dim, TYPE_COLOURS[name])
-                         for name, m in zip(REPRESENTATIONS, conv.out_fields) if m]
-            else:
-                parts = [(conv.out_channels, conv.out_channels, NO_TYPE)]
-            left = column
-            for number, size, colour in parts:
-                size *= 0.92 / channels[column]
+        for left, (output, longest) in enumerate(zip(outputs[row], most)):
+            for number, size, colour in output:
+                size *= 0.92 / longest
                 axes.barh(row, size, left=left, height=0.7, color=colour, edgecolor="none")
-                axes.text(left + size / 2, row, f"{number}", ha="center", va="center", fontsize=8,
+                axes.text(left + size / 2, row, f"{number}", ha="center", va="center", fontsize=8.5,
                           color="white" if colour == TYPE_COLOURS["reg"] else "black")
                 left += size
-        axes.text(len(channels) + 0.62, row, f"{count_parameters(model):,}", ha="right",
+        axes.text(len(most) + 0.62, row, f"{count_parameters(model):,}", ha="right",
                   va="center", fontsize=9)
-    axes.set_yticks(range(len(models)), [LABELS[name] for name in models])
-    ticks = [i + 0.46 for i in range(len(channels))] + [len(channels) + 0.3]
-    texts = [f"conv {i + 1}\n{n} channels" for i, n in enumerate(channels)] + ["parameters\n"]
-    axes.set_xticks(ticks, texts, fontsize=8.5)
+    axes.set_yticks(range(len(models)), [model_label(name) for name in models])
+    ticks = [i + 0.46 for i in range(len(most))] + [len(most) + 0.3]
+    texts = [f"conv {i + 1}\n{n} channels" for i, n in enumerate(most)] + ["parameters\n"]
+    axes.set_xticks(ticks, texts, fontsize=9)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
-    axes.set(xlim=(-0.04, len(channels) + 0.66), ylim=(len(models) - 0.5, -0.5))
+    axes.set(xlim=(-0.04, len(most) + 0.66), ylim=(len(models) - 0.5, -0.5))
     axes.spines[:].set_visible(False)
     handles = [Rectangle((0, 0), 1, 1, color=colour)
                for colour in (*TYPE_COLOURS.values(), NO_TYPE)]
     labels = [f"{text} fields" for text in TYPES.values()] + ["channels without a type"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    labels[2] += " (2 channels each)"
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9,
+                  title="The length of a bar counts channels, the number in it counts fields.",
+                  title_fontsize=9, columnspacing=1.5)
     return figure
 
 
-def equivariance(networks: Mapping[str, NetworkFeatures]) -> Figure:
-    """Features of a digit in each layer, the same shifted, those of the shifted digit, differences.
+def _shown_channels(x: Tensor, fields: Fields) -> list[int]:
+    """The channels of the field that varies most; if it has one, those of the two that do."""
+    types, spread = channel_types(fields), x[0].flatten(1).std(1)
+    best = spread.argmax().item()
+    dim = REPRESENTATIONS[types[best]].dim
+    if dim > 1:
+        first = best - (best - types.index(types[best])) % dim
+        return list(range(first, first + dim))
+    return [c for c in spread.argsort(descending=True).tolist() if types[c] == types[best]][:2]
 
-    It shows the channel of each layer that varies most. Below a difference stands the largest one
-    in any channel, relative to the largest feature.
+
+def equivariance(networks: Mapping[str, NetworkFeatures],
+                 shown: Sequence[int] = (0, 1, 2, 4, 6)) -> Figure:
+    """Features of a digit, the same shifted, those of the shifted digit, and differences.
+
+    It shows two channels of a layer: those of the regular field that varies most, or the two that
+    do. Below a difference stands the largest in any channel, relative to the largest feature.
 
     Args:
         networks: by their name in `MODELS`.
+        shown: layers; 0 is the input.
     """
-    figure = Figure(figsize=(8.6, 5.1 * len(networks)), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(len(networks), hspace=0.03))
-    for part, (name, (layers, classes)) in zip(parts, networks.items()):
-        part.suptitle("{}: the digit is classified as {}, shifted as {}".format(
-            LABELS[name], *classes), fontsize=10)
-        grid = part.subplots(4, len(layers))
-        for i, (layer, column) in enumerate(zip(layers, grid.T)):
-            channel = layer.of_digit[0].flatten(1).std(1).argmax()
-            largest = _largest(layer.of_digit[:, channel])
-            for ax, features in zip(column, layer):
-                _show(ax, features[0, channel], largest if i else None)
-            _show(column[3], layer.difference[0, channel], largest)
-            column[0].set_title(f"layer {i}" if i else "input", fontsize=9)
+    side, gap, between, margin, head = 0.73, 0.06, 0.14, 1.14, 0.55  # inches
+    height = head + 4 * (side + gap) + 0.35  # of a network
+    columns = 2 * len(shown) - (0 in shown)
+    width = margin + columns * (side + gap) + (len(shown) - 1) * (between - gap)
+    figure = Figure(figsize=(width, height * len(networks)))
+    texts = ("features of\nthe digit", "these, shifted", "features of the\nshifted digit",
+             "difference")
+    for network, (model, (layers, classes)) in enumerate(networks.items()):
+        start = network * height
+        tops = [start + head + row * (side + gap) for row in range(4)]
+        title = "{}: the digit is classified as {}, shifted as {}"
+        _write(figure, margin, start + 0.2, title.format(model_label(model), *classes),
+               weight="bold")
+        for top, text in zip(tops, texts):
+            _write(figure, margin - 0.1, top + side / 2, text, fontsize=9, ha="right", va="center")
+        left = margin
+        for number in shown:
+            layer = layers[number]
+            channels = _shown_channels(layer.of_digit, layer.fields)
+            largest = _largest(layer.of_digit[:, channels])
+            middle = left + (len(channels) * (side + gap) - gap) / 2
+            title = f"layer {number}" if number else "input"
+            if channel_types(layer.fields)[channels[0]] == "reg":
+                title += ", one field"
+            _write(figure, middle, tops[0] - 0.06, title, fontsize=9, ha="center")
             relative = _largest(layer.difference) / _largest(layer.of_digit)
-            column[3].set_xlabel(f"{relative:.2g}", fontsize=9)
-        texts = ("features of\nthe digit", "these, shifted", "features of the\nshifted digit",
-                 "difference")
-        for ax, text in zip(grid[:, 0], texts):
-            ax.set_ylabel(text, fontsize=9)
+            _write(figure, middle, tops[3] + side + 0.17, f"{relative:.2g}", fontsize=9,
+                   ha="center")
+            for channel in channels:
+                for row, features in enumerate((*layer[:3], layer.difference)):
+                    _show(_axes_at(figure, left, tops[row], side), features[0, channel],
+                          None if number == 0 and row < 3 else largest)
+                left += side + gap
+            left += between - gap
     return figure
 
 
@@ -402,8 +473,8 @@ def equivariance(networks: Mapping[str, NetworkFeatures]) -> Figure:
 # Results
 
 
-def error_against_shift(rows: list[dict], size: tuple[float, float] = (8, 3.6)) -> Figure:
-    """Test error of networks on digits moved by each isometry.
+def error_against_shift(rows: list[dict], size: tuple[float, float] = (8.6, 4.2)) -> Figure:
+    """Test error of networks on digits moved by each isometry; an inset magnifies flat curves.
 
     Runs that differ in the seed alone are one line, their mean.
 
@@ -419,23 +490,32 @@ def error_against_shift(rows: list[dict], size: tuple[float, float] = (8, 3.6)) 
         groups.setdefault((row["model"], settings, row["train_mode"]), []).append(row["errors"])
     modes = {train_mode for _, _, train_mode in groups}
     common = f"trained on {modes.pop()} digits" if len(modes) == 1 else ""
-    order = list(LABELS)
-    lines = {}  # number of each model's lines so far, in the order of their settings
-    for key, errors in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0])):
-        model, settings, train_mode = key
-        means = [sum(column) / len(column) for column in zip(*errors)]
-        style = lines[model] = (lines.get(model, -1) + 1) % 4
-        mode = "" if common else f", trained on {train_mode} digits"
-        axes.plot(range(len(means)), means, color=COLOURS[model],
-                  marker="os^x"[style], markersize=3 + style % 2,
-                  markerfacecolor="none" if style % 2 else COLOURS[model],
-                  linestyle=("-", "--", ":", "-.")[style],
-                  label=f"{LABELS[model]}{settings}{mode}")
     length = len(rows[0]["errors"]) // 2
-    axes.axvline(length, ymin=0.62, linewidth=1, linestyle=":", color="grey")  # above the legend
+    curves, lines = [], {}  # lines: number of each model's so far, in the order of their settings
+    for (model, settings, train_mode), errors in sorted(groups.items()):
+        lines[model] = number = (lines.get(model, -1) + 1) % 4
+        mode = "" if common else f", trained on {train_mode} digits"
+        curves.append(([sum(column) / len(column) for column in zip(*errors)], {
+            "label": f"{model_label(model)}{settings}{mode}", "color": model_colour(model),
+            "marker": "os^x"[number], "markersize": 3 + number % 2,
+            "markerfacecolor": "none" if number % 2 else None,
+            "linestyle": ("-", "--", ":", "-.")[number],
+        }))
+    flat = [curve for curve in curves if max(curve[0]) < 1.5 * min(curve[0])]
+    insets = [axes.inset_axes((0.31, 0.3, 0.39, 0.34))] if 0 < len(flat) < len(curves) else []
+    for part, shown in zip((axes, *insets), (curves, flat)):
+        for means, style in shown:
+            part.plot(means, **style)
+        part.spines[["top", "right"]].set_visible(False)
+    for inset in insets:
+        inset.set_title("the flat curves, magnified", fontsize=9)
+        inset.set_xticks(range(0, 2 * length, 8))
+        inset.tick_params(labelsize=8)
+        inset.margins(y=0.15)
+    axes.axvline(length, ymin=0.72, linewidth=1, linestyle=":", color=GREY)  # above the inset
     axes.annotate("once around: the digit is reflected", (length, 1),
                   xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
-                  ha="center", va="bottom", fontsize=9, color="grey")
+                  ha="center", va="bottom", fontsize=9, color=GREY)
     axes.set(xlabel="shift of the test digits along the strip, in pixels",
              ylabel="test error in %", xlim=(-1, 2 * length))
     axes.set_xticks(range(0, 2 * length, 4 if size[0] >= 8 else 8))
@@ -445,11 +525,11 @@ def error_against_shift(rows: list[dict], size: tuple[float, float] = (8, 3.6)) 
         _percent_ticks(axes.yaxis, shown)
     else:
         axes.set_ylim(0, 1.2 * max(*shown, 1))
-    axes.spines[["top", "right"]].set_visible(False)
     if len(groups) > 1:
-        axes.legend(title=common, frameon=False, loc="center", bbox_to_anchor=(0.5, 0.45))
+        figure.legend(title=common, frameon=False, loc="outside lower center", ncols=2,
+                      handlelength=4)
     else:
-        axes.set_title(f"{LABELS[model]}, {common}", fontsize=9, pad=16)
+        axes.set_title(f"{model_label(model)}, {common}", fontsize=9, pad=16)
     return figure
 
 
@@ -474,30 +554,35 @@ def results(errors: Mapping[tuple[str, str], list[float]],
     """
     figure = Figure(figsize=(8.6, 3.3), layout="constrained")
     modes = ("centered", "shifted")
-    models = [name for name in LABELS if any(errors.get((name, mode)) for mode in modes)]
+    dot = {"markersize": 5, "markeredgewidth": 0}
+    models = list(dict.fromkeys(name for (name, _), runs in errors.items() if runs))
     for axes, mode in zip(figure.subplots(1, 2, sharex=True, sharey=True), modes):
         for row, name in enumerate(models):
-            mean, std = paper[name][mode]
-            axes.barh(row, 2 * std, left=mean - std, height=0.62, color=GREY, alpha=0.35,
-                      linewidth=0)
-            axes.plot([mean, mean], [row - 0.31, row + 0.31], color=GREY, linewidth=1.5)
+            if published := paper.get(name, {}).get(mode):
+                mean, std = published
+                axes.barh(row, 2 * std, left=mean - std, height=0.62, color=GREY, alpha=0.35,
+                          linewidth=0)
+                axes.plot([mean, mean], [row - 0.31, row + 0.31], color=GREY, linewidth=1.5)
             runs = errors.get((name, mode), [])
             heights = [row + 0.16 * (i % 3 - 1) * (len(runs) > 1) for i in range(len(runs))]
-            axes.plot(runs, heights, "o", markersize=5, color=COLOURS[name], markeredgewidth=0,
-                      alpha=0.85)
+            axes.plot(runs, heights, "o", color=model_colour(name), **dot)
         axes.set(title=f"trained on {mode} digits", xlabel="test error on shifted digits in %",
                  xscale="log")
         axes.set_ylim(len(models) - 0.5, -0.5)
-        axes.set_yticks(range(len(models)), [LABELS[name] for name in models])
+        axes.set_yticks(range(len(models)), [model_label(name) for name in models])
         _percent_ticks(axes.xaxis, [error for cell in errors.values() for error in cell])
         axes.grid(axis="x", color=GREY, alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-    dot, = axes.plot([], [], "o", markerfacecolor="none", markeredgecolor=GREY, markersize=5)
-    bar = Rectangle((0, 0), 1, 1, color=GREY, alpha=0.35, linewidth=0)
-    figure.legend([dot, bar],
-                  ["a run of this code", "paper: mean ± standard deviation of 32 runs"],
-                  loc="outside lower center", ncols=2, frameon=False)
+    dots = tuple(Line2D([], [], marker="o", color=model_colour(name), linestyle="none", **dot)
+                 for name in models)
+    bar = (Rectangle((0, 0), 1, 1, color=GREY, alpha=0.35, linewidth=0),
+           Line2D([], [], marker="|", color=GREY, markersize=8, markeredgewidth=1.5,
+                  linestyle="none"))
+    figure.legend([dots, bar],
+                  ["runs of this code", "paper: mean ± standard deviation of 32 runs"],
+                  handler_map={dots: HandlerTuple(ndivide=None), bar: HandlerTuple(ndivide=1)},
+                  handlelength=3, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -509,25 +594,28 @@ def training_curves(runs: list[dict]) -> Figure:
     """
     figure = Figure(figsize=(8.6, 4), layout="constrained")
     axes = figure.add_subplot()
+    # Both test errors of a gauge CNN lie on each other: one's markers are seen around the other's.
     styles = {
-        "test_error_shifted": ("-", "shifted test digits"),
-        "test_error_centered": ("--", "centered test digits"),
-        "train_error": (":", "training digits, with dropout"),
+        "test_error_shifted": ("shifted test digits", {
+            "linestyle": "-", "marker": "o", "markersize": 4}),
+        "test_error_centered": ("centered test digits", {
+            "linestyle": "--", "marker": "s", "markersize": 7, "markerfacecolor": "none"}),
+        "train_error": ("training digits, with dropout", {"linestyle": ":"}),
     }
     for run in runs:
         model = run["config"]["model"]
-        for key, (style, text) in styles.items():
+        for key, (text, style) in styles.items():
             epochs = [record for record in run["epochs"] if key in record]
             axes.plot([record["epoch"] for record in epochs], [record[key] for record in epochs],
-                      linestyle=style, linewidth=1.8, markersize=4,
-                      marker="o" if key != "train_error" else None,
-                      color=COLOURS[model], label=f"{LABELS[model]}: {text}")
+                      linewidth=1.8, color=model_colour(model),
+                      label=f"{model_label(model)}: {text}", **style)
     last = max(len(run["epochs"]) for run in runs)
     axes.set(xlabel="epoch", ylabel="error in %", yscale="log", xlim=(0.5, last + 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
     _percent_ticks(axes.yaxis, [value for line in axes.lines for value in line.get_ydata()])
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=max(1, len(runs)))
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=max(1, len(runs)),
+                  handlelength=5)
     return figure
 
 
@@ -535,7 +623,7 @@ def gradient_norm(curves: list[dict]) -> Figure:
     """Norm of the gradient at each training step; `curves` as in gradient_norms.json."""
     figure = Figure(figsize=(8.6, 3), layout="constrained")
     axes = figure.add_subplot()
-    for curve, colour in zip(curves, (COLOURS["mobius_regular"], COLOURS["cnn_same_channels"])):
+    for curve, colour in zip(curves, (TYPE_COLOURS["reg"], NO_TYPE)):
         sign_eps = curve["config"]["sign_eps"]
         text = f"x / (|x| + {sign_eps:g})" if sign_eps else "sign(x)"
         steps = range(1, len(curve["norms"]) + 1)

@@ -1,6 +1,7 @@
-"""Each figure of pictures.py."""
+"""Each figure of study/figures.py."""
 
 import collections
+from functools import partial
 from unittest import mock
 
 import matplotlib.colors
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 
 import convert_mnist
 import reproduce
-from fields import isometry_action
-from models import MODELS, POOLINGS, build_model, count_parameters
+from fields import Fields, isometry_action
+from models import MODELS, MODES, POOLINGS, MobiusGaugeCNN, build_model, count_parameters
 from nn_layers import MobiusConv
 from study import figures
 from study.features import features_and_shift
@@ -42,23 +43,38 @@ class TestPictures(Case):
 
     def test_strip_in_space(self):
         """Its ends meet with a twist, its pixels have their size, it shows the moved digit."""
-        corners = torch.from_numpy(figures._corners(6, 40))
-        self.assertClose(corners[:, :, -1], corners[:, :, 0].flip(1))
-        self.assertClose((corners[:, 1:] - corners[:, :-1]).norm(dim=0),
-                         torch.ones(6, 41, dtype=DOUBLE))
-        self.assertClose((corners[:, 3, 1:] - corners[:, 3, :-1]).norm(dim=0),
+        across, along = np.arange(7) - 3, np.arange(41)
+        points = torch.from_numpy(figures._in_space(across[:, None], along, 40))
+        self.assertClose(points[:, -1], points[:, 0].flip(0))
+        self.assertClose((points[1:] - points[:-1]).norm(dim=2), torch.ones(6, 41, dtype=DOUBLE))
+        self.assertClose((points[3, 1:] - points[3, :-1]).norm(dim=1),
                          torch.ones(40, dtype=DOUBLE), tolerance=0.01)
-        digit = torch.rand(1, 1, 6, 6)
-        with mock.patch("mpl_toolkits.mplot3d.Axes3D.plot_surface") as plot_surface:
-            figure = figures.strips_in_space(digit, [0, 3, 12, 17], length=12)
+        digit, shifts = torch.rand(1, 1, 6, 6), (0, 3, 12, 17)
+        with mock.patch.object(figures, "_quads", wraps=figures._quads) as quads:
+            figure = figures.strips_in_space(digit, shifts, length=12)
         long = torch.cat([digit, torch.zeros(1, 1, 6, 6)], dim=3)
-        for call, shift in zip(plot_surface.mock_calls, (0, 3, 12, 17), strict=True):
-            drawn = call.kwargs["facecolors"]
-            ink = figures.INK(isometry_action(long, shift, (1, 0, 0))[0, 0].numpy())
-            shade = (drawn / ink)[..., :3]
-            # Light changes all three colours alike.
-            self.assertLess(np.ptp(shade, axis=2).max(), 1e-6)
-            self.assertTrue((0.5 < shade).all() and (shade <= 1.001).all())
+        for axes, call, shift in zip(figure.axes, quads.mock_calls, shifts, strict=True):
+            (image,) = call.args
+            self.assertTrue(torch.equal(image, isometry_action(long, shift, (1, 0, 0))[0, 0]))
+            corners, colours = figures._quads(image)
+            self.assertClose(torch.from_numpy(corners[1:-1, 2:-2, 0]),
+                             torch.from_numpy(figures._in_space(across[:6, None], np.arange(1, 11),
+                                                                12)))
+            for there, ink in ((colours[1:-1, 1:-1], figures.INK(image.numpy())),
+                               (colours[0], matplotlib.colors.to_rgba_array(figures.EDGE)),
+                               (colours[1:-1, -1], matplotlib.colors.to_rgba_array(figures.CUT))):
+                if there is colours[0]:
+                    there = there[1:-1]
+                shade = there[..., :3] / ink[..., :3]
+                # Light changes all three colours alike.
+                self.assertLess(np.ptp(shade, axis=-1).max(), 1e-6)
+                self.assertTrue((0.5 < shade).all() and (shade <= 1.001).all())
+            # What is drawn last is what is nearest to the viewer.
+            (drawn,) = axes.collections
+            nearest = (corners @ figures.VIEW)[..., 2].mean(2).argmax()
+            self.assertEqual(drawn.get_facecolor()[-1].tolist(),
+                             colours.reshape(-1, 4)[nearest].tolist())
+            self.assertEqual(len(drawn.get_paths()), 8 * 14)
         self.assertEqual([text.get_text() for text in figure.texts],
                          ["t = 0", "t = 3", "t = 12", "t = 17"])
 
@@ -111,7 +127,7 @@ class TestPictures(Case):
             ["flipped", "flipped and negated", "flipped 2nd channel", "flipped 1st channel"])
 
     def test_kernels(self):
-        """Each block of the table has the symmetry that stands above it."""
+        """Each block of the table has the symmetry that stands above its kernels."""
         conv = randomized(MobiusConv((1, 1, 1), (1, 1, 1), 5))
         figure = figures.steerable_kernels(conv)
         shown = [row for row in torch.stack(self.images(figure)).view(4, 4, 5, 5)]  # from, to
@@ -128,17 +144,15 @@ class TestPictures(Case):
                                  (rs2, -flip(rs1)), (k22, flip(k11)), (k21, flip(k12))):
             self.assertTrue(torch.equal(second, expected))
         self.assertGreater(min(kernel.abs().max().item() for row in shown for kernel in row), 0.1)
-        self.assertEqual([text.get_text() for text in figure.texts], [
-            "scalar → scalar\nsymmetric",
-            "scalar → sign-flip\nantisymmetric",
-            "scalar → regular\nK, flip K",
-            "sign-flip → scalar\nantisymmetric",
-            "sign-flip → sign-flip\nsymmetric",
-            "sign-flip → regular\nK, −flip K",
-            "regular → scalar\n(K, flip K)",
-            "regular → sign-flip\n(K, −flip K)",
-            "regular → regular\n(K, M), (flip M, flip K)",
+        self.assertEqual([axes.get_title() for axes in figure.axes], [
+            "symmetric", "antisymmetric", "K", "flip K",
+            "antisymmetric", "symmetric", "K", "−flip K",
+            "K", "K", "K", "M",
+            "flip K", "−flip K", "flip M", "flip K",
         ])
+        types = ("scalar", "sign-flip", "regular")
+        self.assertEqual([text.get_text() for text in figure.texts],
+                         [f"{before} → {after}" for before in types for after in types])
         # From one type to one, all fields of it.
         conv = MobiusConv((0, 0, 2), (2, 0, 0), 3)
         self.assertShows(figures.steerable_kernels(conv),
@@ -161,6 +175,8 @@ class TestPictures(Case):
         (axes,) = figure.axes
         self.assertEqual([label.get_text() for label in axes.get_yticklabels()],
                          list(figures.LABELS.values()))
+        self.assertEqual([label.get_text() for label in axes.get_xticklabels()][4:6],
+                         ["conv 5\n256 channels", "conv 6\n64 channels"])
         numbers = [text.get_text() for text in axes.texts]
         for name in MODELS:
             self.assertIn(f"{count_parameters(build_model(name)):,}", numbers)
@@ -210,22 +226,64 @@ class TestPictures(Case):
             for name in ("mobius_regular", "cnn_same_channels")
         }
         networks = {name: features_and_shift(model, image, 16) for name, model in models.items()}
-        figure = figures.equivariance(networks)
-        for part, (name, (layers, classes)) in zip(figure.subfigs, networks.items(), strict=True):
-            shown = self.images(part)  # row by row
-            for i, layer in enumerate(layers):
-                channel = max(range(layer.of_digit.shape[1]),
-                              key=lambda c: layer.of_digit[0, c].std().item())
-                for row, there in enumerate((*layer, layer.difference)):
-                    self.assertClose(shown[7 * row + i], there[0, channel].detach().float(),
-                                     tolerance=1e-6)
-                largest = layer.difference.abs().max() / layer.of_digit.abs().max()
-                self.assertEqual(part.axes[21 + i].get_xlabel(), f"{largest.item():.2g}")
-            self.assertEqual(
-                part.get_suptitle(),
+        figure = figures.equivariance(networks, shown=(0, 1, 6))
+        shown, texts = self.images(figure), [text.get_text() for text in figure.texts]
+        for name, (layers, classes) in networks.items():
+            for i in (0, 1, 6):
+                of_digit = layers[i].of_digit[0].detach()
+                spread = of_digit.flatten(1).std(1).tolist()
+                channels = sorted(range(len(spread)), key=spread.__getitem__, reverse=True)[:2]
+                if name == "mobius_regular" and i == 1:
+                    channels = [channels[0] // 2 * 2, channels[0] // 2 * 2 + 1]
+                for channel in channels:
+                    for there in (*layers[i][:3], layers[i].difference):
+                        self.assertClose(shown.pop(0), there[0, channel].detach().float(),
+                                         tolerance=1e-6)
+                largest = layers[i].difference.abs().max() / layers[i].of_digit.abs().max()
+                self.assertIn(f"{largest.item():.2g}", texts)
+            self.assertIn(
                 f"{figures.LABELS[name]}: the digit is classified as {classes[0]}, "
-                f"shifted as {classes[1]}"
+                f"shifted as {classes[1]}", texts
             )
+        self.assertEqual(shown, [])
+        self.assertEqual(texts.count("layer 1, one field"), 1)
+
+    def test_shown_channels(self):
+        """Of scalars the two that vary most, of regular fields both channels of one."""
+        x = torch.zeros(1, 8, 2, 2)  # (1, 1, 3)
+        x[0, :, 0, 0] = torch.tensor([3.0, 4, 0, 0, 1, 5, 0, 2])
+        self.assertEqual(figures._shown_channels(x, Fields(1, 1, 3)), [4, 5])
+        self.assertEqual(figures._shown_channels(x, Fields(8, 0, 0)), [5, 1])
+        self.assertEqual(figures._shown_channels(x[:, :2], Fields(1, 1, 0)), [1])
+
+    def test_other_models(self):
+        """A model with other fields has its name, a place and a colour of its own everywhere."""
+        other = partial(MobiusGaugeCNN, mode="other")
+        with mock.patch.dict(MODES, other=(2, 0, 1)), mock.patch.dict(MODELS, other=other):
+            figure = figures.model_table({name: build_model(name) for name in MODELS})
+            self.assertEqual(figure.axes[0].get_yticklabels()[7].get_text(), "other")
+            numbers = [text.get_text() for text in figure.axes[0].texts
+                       if text.get_position()[1] == 7]
+            self.assertEqual(numbers[:4], ["8", "4", "16", "8"])
+            colours = {figures.model_colour(name) for name in (*MODELS, "of a later version")}
+            self.assertEqual(len(colours), len(MODELS) + 1)
+            image = convert_mnist.load_digits()[0].images[:1]
+            networks = {"other": features_and_shift(build_model("other"), image, 16)}
+            texts = [text.get_text() for text in figures.equivariance(networks).texts]
+            self.assertTrue(any(text.startswith("other: ") for text in texts))
+            for name in ("other", "of a later version"):
+                figure = figures.results({(name, "centered"): [1.5],
+                                          ("cnn_same_params", "shifted"): [2.0]}, reproduce.PAPER)
+                self.assertEqual([label.get_text() for label in figure.axes[0].get_yticklabels()],
+                                 [name, "CNN (params)"])
+                (axes,) = figures.error_against_shift([*ROWS, ROWS[2] | {"model": name}]).axes
+                labels = [line.get_label() for line in axes.lines]
+                self.assertIn(name, labels)
+                figures.error_against_shift([ROWS[2] | {"model": name}])
+                (axes,) = figures.training_curves(
+                    [{"config": {"model": name}, "epochs": [{"epoch": 1, "train_error": 1.0}]}]
+                ).axes
+                self.assertEqual(axes.lines[2].get_color(), figures.model_colour(name))
 
     def test_results(self):
         errors = {("mobius_regular", "centered"): [1.3, 1.4], ("mobius_regular", "shifted"): [1.2],
@@ -247,10 +305,14 @@ class TestPictures(Case):
             bar = axes.patches[1]
             self.assertAlmostEqual(bar.get_x(), mean - std)
             self.assertAlmostEqual(bar.get_width(), 2 * std)
+        colours = [dot.get_markerfacecolor() for dot in figure.legends[0].legend_handles[0]]
+        self.assertEqual(colours, [figures.model_colour(name)
+                                   for name in ("cnn_same_channels", "mobius_regular")])
 
     def test_error_against_shift(self):
         """The curves are the means over the seeds."""
-        (axes,) = figures.error_against_shift(ROWS).axes
+        figure = figures.error_against_shift(ROWS)
+        (axes,) = figure.axes
         curves = {
             line.get_label(): list(line.get_ydata())
             for line in axes.lines
@@ -261,8 +323,14 @@ class TestPictures(Case):
             "gauge CNN (regular)": [1.25] * 56,
             "gauge CNN (regular), pooling polyphase": [1.5] * 56,
         })
-        self.assertEqual([text.get_text() for text in axes.get_legend().get_texts()], list(curves))
-        self.assertEqual(axes.get_legend().get_title().get_text(), "trained on centered digits")
+        (legend,) = figure.legends
+        self.assertEqual([text.get_text() for text in legend.get_texts()], list(curves))
+        self.assertEqual(legend.get_title().get_text(), "trained on centered digits")
+        # Flat curves are magnified.
+        (inset,) = axes.child_axes
+        self.assertEqual([list(line.get_ydata()) for line in inset.lines],
+                         [[1.25] * 56, [1.5] * 56])
+        self.assertEqual(figures.error_against_shift(ROWS[2:]).axes[0].child_axes, [])
         # The same settings have the same kind of line, in any order of the rows. Labels name the
         # training digits where they differ.
         rows = [ROWS[3], ROWS[2], ROWS[0], ROWS[0] | {"train_mode": "shifted"}]

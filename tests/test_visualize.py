@@ -81,9 +81,9 @@ class TestVisualize(FilesCase):
         self.assertIn(b"#e6edf3", dark)
         self.assertNotIn(b"#e6edf3", light)
         with Image.open(self.folder / "pictures" / "two_turns.png") as turns:
-            self.assertEqual(turns.n_frames, 2 * 30 // 5)
+            self.assertEqual(turns.n_frames, 8)
             before = np.asarray(turns.convert("RGBA")).copy()
-            turns.seek(6)
+            turns.seek(4)
             after = np.asarray(turns.convert("RGBA"))
             self.assertFalse(np.array_equal(before, after))  # once around: reflected
         with Image.open(self.folder / "pictures" / "field_types-dark.png") as image:
@@ -146,7 +146,7 @@ class TestVisualize(FilesCase):
         self.assertTrue(torch.equal(data.shifted_wrongly, images[3:4].double()))
 
     def test_strips(self):
-        for name, shifts in (("strip", [0, 12, 18, 24, 30]), ("two_turns", list(range(0, 60, 5)))):
+        for name, shifts in (("strip", [0, 15, 26, 30]), ("two_turns", list(range(0, 60, 8)))):
             drawn = mock.Mock()
             visualize.PICTURES[name].draw(
                 drawn,
