@@ -16,11 +16,9 @@ import torch.nn as nn
 from torch import Tensor
 
 import fast
+from building_blocks import EquivBatchNorm, MobiusSequential
 from fields import Fields, as_integer, check_strip
-from nn_layers import (
-    EquivBatchNorm, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, MobiusSequential,
-    as_sign_eps,
-)
+from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, as_sign_eps
 from polyphase import PolyphasePool
 
 # Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as

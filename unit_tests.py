@@ -37,14 +37,15 @@ import torch.nn.functional as F
 import convert_mnist
 import fast
 import fields as fields_module
+from building_blocks import EquivBatchNorm, MobiusSequential
 from equivariance import assert_equivariant, equivariance_error
 from fields import Fields, as_fields, gauge_transform, isometry_action, sample_norms
 from models import (
     CNN, MODELS, MODES, POOLINGS, MobiusGaugeCNN, build_model, count_parameters, export,
 )
 from nn_layers import (
-    EquivBatchNorm, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool,
-    MobiusSequential, TransportPad, invariant_bias, steerable_kernel, strip_pool, transport_pad,
+    EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad,
+    invariant_bias, steerable_kernel, strip_pool, transport_pad,
 )
 from polyphase import PolyphasePool
 from tests.reference import (
