@@ -285,45 +285,30 @@ CONSTRAINTS = {
 }
 
 
-def _channel_places(fields: Fields, start: float, step: float, between: float):
-    """Of each channel its type, its number within the type, and where it begins, in inches."""
-    places = []
-    for name, m in zip(REPRESENTATIONS, fields):
-        number = m * REPRESENTATIONS[name].dim
-        places += [(name, i, start + i * step) for i in range(number)]
-        start += number * step + between * (m > 0)
-    return places
-
-
-def _axes_at(figure: Figure, left: float, top: float, side: float):
-    """A square, in inches from the figure's upper left corner."""
-    width, height = figure.get_size_inches()
-    return figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
-
-
-def _write(figure: Figure, left: float, top: float, text: str, **style) -> None:
-    """A text, in inches from the figure's upper left corner."""
-    figure.text(left, figure.get_figheight() - top, text, transform=figure.dpi_scale_trans, **style)
+def _numbered_channels(fields: Fields) -> list[tuple[str, int]]:
+    """The type of each channel, and its number among those of this type."""
+    return [(name, i) for name, m in zip(REPRESENTATIONS, fields)
+            for i in range(m * REPRESENTATIONS[name].dim)]
 
 
 def steerable_kernels(conv: MobiusConv) -> Figure:
     """The expanded kernels, a block for each pair of types: input rows, output columns."""
     kernel, _ = conv.expand()
     largest = _largest(kernel)
-    side, gap, label, title = 1.0, 0.1, 0.24, 0.35  # inches
-    rows = _channel_places(conv.in_fields, title + label, side + label, title)
-    columns = _channel_places(conv.out_fields, gap, side + gap, 0.45)
-    figure = Figure(figsize=(columns[-1][2] + side + gap, rows[-1][2] + side + gap))
-    for i, (name_in, row, top) in enumerate(rows):
-        for o, (name_out, column, left) in enumerate(columns):
-            axes = _axes_at(figure, left, top, side)
+    rows, columns = _numbered_channels(conv.in_fields), _numbered_channels(conv.out_fields)
+    figure = Figure(figsize=(1.45 * len(columns), 1.6 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for i, (name_in, row) in enumerate(rows):
+        for o, (name_out, column) in enumerate(columns):
+            axes = grid[i, o]
             _show(axes, kernel[o, i], largest, TYPE_COLOURS[name_out], linewidth=2)
             texts = CONSTRAINTS[name_in, name_out]
             texts = texts[row % len(texts)]
             axes.set_title(texts[column % len(texts)], fontsize=10, pad=4)
-            if row == column == 0:  # of the block
-                _write(figure, left, top - label, f"{TYPES[name_in]} → {TYPES[name_out]}",
-                       fontsize=9, weight="bold")
+            if row == column == 0:
+                axes.annotate(f"{TYPES[name_in]} → {TYPES[name_out]}", (0, 1),
+                              xytext=(0, 20), xycoords="axes fraction",
+                              textcoords="offset points", fontsize=9, weight="bold")
     return figure
 
 
@@ -426,46 +411,34 @@ def equivariance(networks: Mapping[str, NetworkFeatures],
     """Features of a digit, the same shifted, those of the shifted digit, and differences.
 
     It shows two channels of a layer: those of the regular field that varies most, or the two that
-    do. Below a difference stands the largest in any channel, relative to the largest feature.
+    do. Below the differences stands the largest in any channel, relative to the largest feature.
 
     Args:
         networks: by their name in `MODELS`.
         shown: layers; 0 is the input.
     """
-    side, gap, between, margin, head = 0.73, 0.06, 0.14, 1.14, 0.55  # inches
-    height = head + 4 * (side + gap) + 0.35  # of a network
-    columns = 2 * len(shown) - (0 in shown)
-    width = margin + columns * (side + gap) + (len(shown) - 1) * (between - gap)
-    figure = Figure(figsize=(width, height * len(networks)))
-    texts = ("features of\nthe digit", "these, shifted", "features of the\nshifted digit",
-             "difference")
-    for network, (model, (layers, classes)) in enumerate(networks.items()):
-        start = network * height
-        tops = [start + head + row * (side + gap) for row in range(4)]
-        title = "{}: the digit is classified as {}, shifted as {}"
-        _write(figure, margin, start + 0.2, title.format(model_label(model), *classes),
-               weight="bold")
-        for top, text in zip(tops, texts):
-            _write(figure, margin - 0.1, top + side / 2, text, fontsize=9, ha="right", va="center")
-        left = margin
-        for number in shown:
-            layer = layers[number]
-            channels = _shown_channels(layer.of_digit, layer.fields)
-            largest = _largest(layer.of_digit[:, channels])
-            middle = left + (len(channels) * (side + gap) - gap) / 2
-            title = f"layer {number}" if number else "input"
-            if channel_types(layer.fields)[channels[0]] == "reg":
-                title += ", one field"
-            _write(figure, middle, tops[0] - 0.06, title, fontsize=9, ha="center")
+    figure = Figure(figsize=(8.6, 3.95 * len(networks)), layout="constrained")
+    parts = np.atleast_1d(figure.subfigures(len(networks), hspace=0.03))
+    for part, (model, (layers, classes)) in zip(parts, networks.items()):
+        part.suptitle("{}: the digit is classified as {}, shifted as {}".format(
+            model_label(model), *classes), fontsize=10, weight="bold")
+        channels = [_shown_channels(layers[i].of_digit, layers[i].fields) for i in shown]
+        grid = part.subplots(4, len(shown), width_ratios=[len(pair) for pair in channels])
+        for i, pair, column in zip(shown, channels, grid.T):
+            layer, title = layers[i], f"layer {i}" if i else "input"
+            largest = _largest(layer.of_digit[:, pair])
+            for row, features in enumerate((*layer[:3], layer.difference)):
+                image = torch.cat([features[0, channel] for channel in pair], dim=1)
+                _show(column[row], image, largest if i or row == 3 else None)
+                column[row].axvline(features.shape[3] - 0.5, color=GREY, linewidth=0.8)
+            if channel_types(layer.fields)[pair[0]] == "reg":
+                title += "\nboth channels of a field"
+            column[0].set_title(title, fontsize=9)
             relative = _largest(layer.difference) / _largest(layer.of_digit)
-            _write(figure, middle, tops[3] + side + 0.17, f"{relative:.2g}", fontsize=9,
-                   ha="center")
-            for channel in channels:
-                for row, features in enumerate((*layer[:3], layer.difference)):
-                    _show(_axes_at(figure, left, tops[row], side), features[0, channel],
-                          None if number == 0 and row < 3 else largest)
-                left += side + gap
-            left += between - gap
+            column[3].set_xlabel(f"{relative:.2g}", fontsize=9)
+        texts = "features of\nthe digit", "these,\nshifted", "features of\nshifted digit", "difference"
+        for ax, text in zip(grid[:, 0], texts):
+            ax.set_ylabel(text, fontsize=8)
     return figure
 
 
