@@ -360,7 +360,9 @@ def compare(options, device: torch.device) -> dict:
     rows = measure(candidates, options.rounds, options.batch_size, rates)
     counts = launches(options.models)
     for row in rows:
-        row["launches"] = counts.get(row["model"], {}).get("fixed")
+        row["launches"] = None  # of the eager formulas in bfloat16
+        if not row["compile"]:
+            row["launches"] = counts.get(row["model"], {}).get("fixed")
         row["peak_memory_mb"] = peak_memory(
             row["model"], row["precision"], options.batch_size, device, row["compile"]
         )

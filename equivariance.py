@@ -37,8 +37,8 @@ def equivariance_error(
 
     The largest difference between the output for a transformed input and the transformed output,
     relative to the largest output. It is a few eps of the dtype for an equivariant layer, and NaN
-    if an output is. The inputs are noise, and strokes on a blank strip. Each is rounded anew, as
-    layers before would do: what depends on the sign of rounding noise is not equivariant.
+    if an output is. The inputs are noise, and strokes on a blank strip. Rounding noise is added
+    to each, as preceding layers would do: a layer that depends on its sign is not equivariant.
 
     The module is called as it is: with its device, dtype (of its first parameter or buffer) and
     mode (training or evaluation). Nothing changes in it, nor in the random state: batch statistics
@@ -143,10 +143,14 @@ def _as_size(size) -> tuple[int, int]:
 def _call(module: Callable, x: Tensor) -> Tensor:
     """The output; what the module writes to its buffers and draws at random is undone."""
     with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
-        if not isinstance(module, nn.Module):
-            return module(x)
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        return torch.func.functional_call(module, buffers, (x,))
+        if isinstance(module, nn.Module):
+            buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+            y = torch.func.functional_call(module, buffers, (x,))
+        else:
+            y = module(x)
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        raise ValueError(f"module must return a floating point tensor, got {y!r:.60}")
+    return y
 
 
 def _factory(module: Callable) -> dict:

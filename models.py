@@ -3,8 +3,7 @@
     python models.py        prints each model's class, number of parameters and first field types
 
 For a gauge CNN with other field types, add a row to `MODES` and a name to `MODELS`, at the end of
-this file. For an architecture of your own, add a class with the arguments of `CNN` and a name. All
-scripts then take the name.
+this file. All scripts then take the name.
 
 Source: arXiv:2106.06020, Section 5, Tables 4 and 5.
 """
@@ -17,11 +16,9 @@ import torch.nn as nn
 from torch import Tensor
 
 import fast
+from building_blocks import EquivBatchNorm, MobiusSequential
 from fields import Fields, as_integer, check_strip
-from nn_layers import (
-    EquivBatchNorm, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, MobiusSequential,
-    as_sign_eps,
-)
+from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, as_sign_eps
 from polyphase import PolyphasePool
 
 # Base multiplicities of each mode; the first five convolutions have (4, 8, 16, 32, 64) times as
@@ -224,7 +221,7 @@ def build_model(name: str, **kwargs) -> nn.Module:
 
 def has_sign_flip_fields(name: str) -> bool:
     """Whether this model has sign-flip fields, to which `sign_eps` applies."""
-    mode = MODELS[name].keywords.get("mode")
+    mode = getattr(MODELS[name], "keywords", {}).get("mode")
     return mode is not None and Fields(*MODES[mode]).sign > 0
 
 

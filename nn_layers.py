@@ -4,8 +4,6 @@
     MobiusConv        convolution with steerable (reflection equivariant) kernels
     EquivNonlin       a nonlinearity for each field type
     MobiusPool        2 x 2 pooling for each field type
-    EquivBatchNorm    batch normalisation for each field type
-    MobiusSequential  nn.Sequential that refuses layers whose field types do not match
     MobiusPadNaive    padding for conventional CNNs, which know nothing of frames
     MobiusConvNaive   this padding and nn.Conv2d in one
     TransportPad      transport_pad as a module, for exported networks
@@ -256,11 +254,11 @@ class MobiusConv(nn.Module):
                 add_parameter(f"bias_{out_type}", (o,))
         self.has_bias = any(name.startswith("bias") for name in self.parameter_names)
         self.reset_parameters()
-        self.register_load_state_dict_post_hook(_find_sources)  # for layers made on "meta"
+        self.register_load_state_dict_post_hook(MobiusConv._after_loading)
 
     def reset_parameters(self) -> None:
         """Weights from N(0, std²) with std = 2 / sqrt(k² (C_in + C_out)), biases zero."""
-        _find_sources(self)
+        self._find_entries()
         fan = self.kernel_size**2 * (self.in_fields.channels + self.out_fields.channels)
         for name, parameter in self.named_parameters():
             if name.startswith("weights"):
@@ -282,10 +280,37 @@ class MobiusConv(nn.Module):
         """
         stored = [getattr(self, name).flatten() for name in self.parameter_names]
         stored = torch.cat([stored[0].new_zeros(1), *stored])
-        entries = stored.index_select(0, self.source) * self.sign
+        entries = stored.index_select(0, self._source) * self._sign
         c_out, c_in, k = self.out_fields.channels, self.in_fields.channels, self.kernel_size
         kernel, bias = entries.split([c_out * c_in * k**2, c_out])
         return kernel.view(c_out, c_in, k, k), bias if self.has_bias else None
+
+    def _find_entries(self) -> None:
+        """Find which stored value each entry of the kernel and the bias is, and with which sign.
+
+        Labels in place of the stored values tell: 1, 2, ... for these, 0 for an entry that is zero.
+        One gather then expands the kernel, where the table above takes up to 25 operations, each of
+        which is a launch on a GPU.
+
+        The result is no buffer: averages of weights would average it, and DDP would send it round.
+        """
+        shapes = {name: getattr(self, name).shape for name in self.parameter_names}
+        sizes = [shape.numel() for shape in shapes.values()]
+        device = next(self.parameters()).device
+        numbers = torch.arange(1, 1 + sum(sizes), dtype=torch.int32, device=device).split(sizes)
+        labels = {name: n.view(shape) for n, (name, shape) in zip(numbers, shapes.items())}
+        kernel = steerable_kernel(labels, self.in_fields, self.out_fields)
+        entries = torch.cat([kernel.flatten(), invariant_bias(labels, self.out_fields)])
+        self._source, self._sign = entries.abs(), entries.sign().to(torch.int8)
+
+    def _after_loading(self, incompatible_keys) -> None:
+        self._find_entries()  # the values may have come to another device
+
+    def _apply(self, fn, recurse: bool = True):
+        """As of every module, for .to(), .cuda() and to_empty(); then the entries follow."""
+        super()._apply(fn, recurse)
+        self._find_entries()
+        return self
 
     def export(self) -> nn.Sequential:
         """An equal layer of a `TransportPad` and an `nn.Conv2d`, with parameters of its own."""
@@ -302,22 +327,6 @@ class MobiusConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.in_fields)}, {tuple(self.out_fields)}, kernel_size={self.kernel_size}"
-
-
-def _find_sources(layer: MobiusConv, _=None) -> None:
-    """Find which stored value each entry of the kernel and the bias is, and with which sign.
-
-    Labels in place of the stored values tell: 1, 2, ... for these, 0 for an entry that is zero.
-    One gather then expands the kernel, where the table above takes up to 25 operations.
-    """
-    shapes = {name: getattr(layer, name).shape for name in layer.parameter_names}
-    sizes = [shape.numel() for shape in shapes.values()]
-    numbers = torch.arange(1, 1 + sum(sizes), device=next(layer.parameters()).device).split(sizes)
-    labels = {name: n.view(shape) for n, (name, shape) in zip(numbers, shapes.items())}
-    kernel = steerable_kernel(labels, layer.in_fields, layer.out_fields)
-    entries = torch.cat([kernel.flatten(), invariant_bias(labels, layer.out_fields)])
-    layer.register_buffer("source", entries.abs(), persistent=False)
-    layer.register_buffer("sign", entries.sign().to(torch.int8), persistent=False)
 
 
 def _odd_kernel_size(kernel_size) -> int:
@@ -504,202 +513,6 @@ class MobiusPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.in_fields)}"
-
-
-# --------------------------------------------------------------------------------------------------
-# Beyond the paper: normalisation, and layers in sequence
-
-
-def field_statistics(x: Tensor, fields: Fields) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and unbiased variance of each field, over samples, its channels and pixels.
-
-    Both channels of a regular field count, as s swaps them. Sign-flip fields have no mean, as s
-    changes all but 0; their variances are the mean square.
-
-    Returns:
-        Tensors ``(m_triv + m_reg,)`` and twice ``(m_triv + m_sign + m_reg,)``, in float32 for half
-        precision.
-    """
-    statistics = []
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    for name, block in split_types(x, fields).items():
-        rep = REPRESENTATIONS[name]
-        values = block.unflatten(1, (-1, rep.dim))  # (N, fields, dim, W, L)
-        if rep.invariant_bias:
-            var, mean = torch.var_mean(values, dim=(0, 2, 3, 4), correction=0)
-            n = values[:, 0].numel()
-            statistics.append((mean, var, var * (n / (n - 1))))
-        else:
-            mean_square = values.square().mean(dim=(0, 2, 3, 4))
-            statistics.append((mean_square[:0], mean_square, mean_square))
-    return tuple(map(torch.cat, zip(*statistics)))
-
-
-class EquivBatchNorm(nn.Module):
-    """Batch normalisation that respects the field types; otherwise as `nn.BatchNorm2d`.
-
-    Trivial fields: (x - mean) / sqrt(variance + eps) * weight + bias, as usual. Regular fields: the
-    same, and the two channels of a field share statistics and parameters. Sign-flip fields:
-    x / sqrt(mean square + eps) * weight, as another mean or bias than 0 would not change its sign.
-
-    Commutes with `gauge_transform` and `isometry_action`, in training too, even if each sample is
-    shifted by a t of its own: the statistics are sums over all samples and pixels.
-
-    Args:
-        in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.
-        eps: added to the variance.
-        momentum: weight of a batch in the running averages; None for the mean of all batches.
-        affine: whether there are parameters.
-        device, dtype: of parameters and buffers.
-
-    Shape:
-        ``(N, C, W, L)`` to the same.
-
-    Parameters:
-        weight: ``(m_triv + m_sign + m_reg,)``, initially 1.
-        bias: ``(m_triv + m_reg,)``, initially 0.
-
-    Buffers:
-        running_mean: ``(m_triv + m_reg,)``.
-        running_var: ``(m_triv + m_sign + m_reg,)``; of sign-flip fields, the mean square.
-        num_batches_tracked: number of batches seen in training.
-
-    Raises:
-        ValueError: for multiplicities that are not allowed; in `forward`, for an input that is not
-            4-d with C channels, not floating point, or in training has one value per channel.
-    """
-
-    def __init__(
-        self, in_fields, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, *,
-        device=None, dtype=None,
-    ) -> None:
-        super().__init__()
-        self.in_fields = self.out_fields = as_fields(in_fields, "in_fields")
-        self.eps, self.momentum, self.affine = eps, momentum, affine
-        scales = torch.empty(sum(self.in_fields), device=device, dtype=dtype)
-        shifts = torch.empty_like(scales[self.in_fields.sign:])
-        self.weight, self.bias = map(nn.Parameter, (scales, shifts)) if affine else (None, None)
-        self.register_buffer("running_mean", torch.empty_like(shifts))
-        self.register_buffer("running_var", torch.empty_like(scales))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Weights 1, biases 0, running averages as before the first batch."""
-        self.reset_running_stats()
-        if self.affine:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
-
-    def reset_running_stats(self) -> None:
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_input(x, self.in_fields)
-        if self.training:
-            mean, var = self._batch_statistics(x)
-        else:
-            mean, var = self.running_mean, self.running_var
-        mean, var, weight, bias = self._expand(mean, var)
-        scale = weight * torch.rsqrt(var + self.eps)
-        shift = bias - mean * scale
-        return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
-
-    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each field; the running averages take a step towards them."""
-        if x.numel() <= x.shape[1]:
-            raise ValueError(
-                f"training needs more than one value per channel, got shape {tuple(x.shape)}"
-            )
-        mean, var, unbiased = field_statistics(x, self.in_fields)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            step = self.momentum
-            if step is None:
-                step = 1 / self.num_batches_tracked.to(mean.dtype)
-            self.running_mean += step * (mean - self.running_mean)
-            self.running_var += step * (unbiased - self.running_var)
-        return mean, var
-
-    def _expand(self, mean: Tensor, var: Tensor) -> list[Tensor]:
-        """Mean, variance, weight and bias of each channel, ``(C,)``; float32 for half precision."""
-        triv, sign, _ = self.in_fields
-        weight, bias = self.weight, self.bias
-        if not self.affine:
-            weight, bias = torch.ones_like(var), torch.zeros_like(mean)
-        mean, bias = (
-            torch.cat([shift[:triv], shift.new_zeros(sign), shift[triv:]]) for shift in (mean, bias)
-        )
-        wide = torch.promote_types(var.dtype, torch.float32)
-        return [
-            torch.cat([values[:triv + sign], values[triv + sign:].repeat_interleave(2)]).to(wide)
-            for values in (mean, var, weight, bias)
-        ]
-
-    def export(self) -> nn.Module:
-        """An equal layer, with parameters of its own.
-
-        In evaluation, an `nn.BatchNorm2d`, for all field types. It is not equal in training, where
-        it takes statistics of each channel: in training mode, a copy, except for trivial fields.
-        """
-        if self.training and self.in_fields.sign + self.in_fields.reg:
-            return copy.deepcopy(self)
-        with torch.no_grad():
-            mean, var, weight, bias = self._expand(self.running_mean, self.running_var)
-        norm = nn.BatchNorm2d(
-            len(mean), self.eps, self.momentum, self.affine,
-            device=mean.device, dtype=self.running_mean.dtype,
-        )
-        parameters = {"weight": weight, "bias": bias} if self.affine else {}
-        norm.load_state_dict(parameters | {
-            "running_mean": mean, "running_var": var,
-            "num_batches_tracked": self.num_batches_tracked,
-        })
-        norm.requires_grad_(any(p.requires_grad for p in self.parameters()))
-        return norm.train(self.training)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{tuple(self.in_fields)}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}"
-        )
-
-
-class MobiusSequential(nn.Sequential):
-    """`nn.Sequential` that checks the field types: what one layer gives, the next one must take.
-
-    It compares each layer's `in_fields` with the `out_fields` of the last layer before it that has
-    any. Layers without these attributes, such as `nn.Dropout2d`, pass unchecked: whether they keep
-    equivariance, `equivariance.assert_equivariant` tells.
-
-    Args:
-        layers: as of `nn.Sequential`.
-
-    Attributes:
-        in_fields, out_fields: of the first and the last layer that has them; None without any.
-
-    Raises:
-        ValueError: for a layer whose `in_fields` are not what comes before. Layers that are
-            appended later are not checked.
-    """
-
-    def __init__(self, *layers) -> None:
-        super().__init__(*layers)
-        self.in_fields = self.out_fields = before = None
-        for name, layer in self._modules.items():
-            if getattr(layer, "in_fields", None) is None:
-                continue
-            place, in_fields = f"layer {name} ({type(layer).__name__})", as_fields(layer.in_fields)
-            if before is None:
-                self.in_fields = in_fields
-            elif in_fields != self.out_fields:
-                raise ValueError(
-                    f"{place} has in_fields {tuple(in_fields)}, "
-                    f"but {before} has out_fields {tuple(self.out_fields)}"
-                )
-            before, self.out_fields = place, as_fields(layer.out_fields)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from training.checkpoints import (
 )
 from training.data import Data, batches, find_data
 from training.environment import compiled, random_states, select_device, set_random_states
-from training.events import save_error_against_shift, summary_writer
+from training.events import check_matplotlib, save_error_against_shift, summary_writer
 from training.files import CommandLine, say
 from training.optimization import OPTIMIZERS, restore
 from training.options import Config, add_train_options, follow_recipe, names_of
@@ -96,9 +96,9 @@ class Run:
             )
         if config.tensorboard:
             summary_writer()  # fails before the folder is made
-        is_new = folder is None
-        self._initialise(data, config.init if is_new else None)
-        if is_new:
+        goes_on = folder is not None and (Path(folder) / "checkpoint.pt").exists()
+        self._initialise(data, None if goes_on else config.init)
+        if folder is None:
             stem = f"{config.digits}-{config.model}-{config.train_mode}-seed{config.seed}"
             folder = new_folder(config.log_dir, stem)
         self.folder, self.events = RunFolder(folder, verbose=verbose), None
@@ -184,7 +184,8 @@ class Run:
                 for step, (images, labels) in enumerate(progress(self, digits, self.bar)):
                     # In the middle of the step.
                     lr = config.learning_rate(epoch + (step + 0.5) / self.steps)
-                    optimizer.param_groups[0]["lr"] = lr
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
                     if self.deform:
                         images = self.deform(images, drawn[step])
                     optimizer.zero_grad()
@@ -367,13 +368,15 @@ def evaluate_checkpoint(path, options: dict, every_shift: bool = False, out=None
             _, error = evaluate(model, data.splits[f"test_{version}"])
             lines.append(f"test error on {len(labels):,} {version} digits: {error:.2f} %")
         return "\n".join(lines)
+    if out is not None:
+        check_matplotlib()  # before minutes of work
     predictions = predict_at_every_shift(model, images)
     errors = (100 * (predictions != labels).double().mean(1)).tolist()
     changed = int((predictions != predictions[0]).sum())
     lines += ["shift   test error in %", *(f"{t:5}   {e:.2f}" for t, e in enumerate(errors))]
     lines.append(
-        f"mean {sum(errors) / len(errors):.2f} %; {changed:,} of {predictions.numel():,} predictions "
-        f"({100 * changed / predictions.numel():.4f} %) are not those at shift 0"
+        f"mean {sum(errors) / len(errors):.2f} %; {changed:,} of {predictions.numel():,} "
+        f"predictions ({100 * changed / predictions.numel():.4f} %) are not those at shift 0"
     )
     if out is not None:
         save_error_against_shift(errors, config, out)

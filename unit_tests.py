@@ -37,14 +37,15 @@ import torch.nn.functional as F
 import convert_mnist
 import fast
 import fields as fields_module
+from building_blocks import EquivBatchNorm, MobiusSequential
 from equivariance import assert_equivariant, equivariance_error
 from fields import Fields, as_fields, gauge_transform, isometry_action, sample_norms
 from models import (
     CNN, MODELS, MODES, POOLINGS, MobiusGaugeCNN, build_model, count_parameters, export,
 )
 from nn_layers import (
-    EquivBatchNorm, EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool,
-    MobiusSequential, TransportPad, invariant_bias, steerable_kernel, strip_pool, transport_pad,
+    EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad,
+    invariant_bias, steerable_kernel, strip_pool, transport_pad,
 )
 from polyphase import PolyphasePool
 from tests.reference import (
@@ -299,12 +300,23 @@ class TestMobiusConv(Case):
             loaded = MobiusConv((1, 1, 1), (1, 1, 1), 3, device="meta")
             if not assign:
                 loaded.to_empty(device="cpu")
-                loaded.source.fill_(10**6)
             loaded.load_state_dict(conv.state_dict(), assign=assign)
             self.assertEqual(loaded.expand()[0].tolist(), conv.expand()[0].tolist())
-        loaded.to_empty(device="cpu").source.fill_(10**6)
-        loaded.reset_parameters()
-        self.assertEqual(loaded.source.tolist(), conv.source.tolist())
+        filled = MobiusConv((1, 1, 1), (1, 1, 1), 3, device="meta").to_empty(device="cpu")
+        for name, parameter in filled.named_parameters():  # one by one
+            parameter.data.copy_(getattr(conv, name))
+        self.assertEqual(filled.expand()[0].tolist(), conv.expand()[0].tolist())
+
+    def test_averages_of_weights(self):
+        """With buffers averaged too, the average of equal layers is this layer."""
+        conv = randomized(MobiusConv((1, 1, 1), (1, 1, 1), 3))
+        average = torch.optim.swa_utils.AveragedModel(
+            conv, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+        )
+        for _ in range(5):
+            average.update_parameters(conv)
+        self.assertClose(average.module.expand()[0], conv.expand()[0], 1e-6)
+        self.assertEqual(list(conv.buffers()), [])
 
     def test_bias_is_invariant(self):
         for fields in FIELDS:

@@ -27,8 +27,7 @@ def keep_freed_memory() -> None:
     """Make glibc keep freed memory, where it is the C library.
 
     Each step takes the same hundred megabytes again. Returned to the system in between, they fault
-    in page by page
-    each time: 10 to 15 % of a step on the CPU.
+    in page by page each time: 10 to 15 % of a step on the CPU.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -432,14 +432,13 @@ def equivariance(networks: Mapping[str, NetworkFeatures],
                 _show(column[row], image, largest if i or row == 3 else None)
                 column[row].axvline(features.shape[3] - 0.5, color=GREY, linewidth=0.8)
             if channel_types(layer.fields)[pair[0]] == "reg":
-                title += ", both channels of a field"
+                title += "\nboth channels of a field"
             column[0].set_title(title, fontsize=9)
             relative = _largest(layer.difference) / _largest(layer.of_digit)
             column[3].set_xlabel(f"{relative:.2g}", fontsize=9)
-        texts = ("features of\nthe digit", "these, shifted", "features of the\nshifted digit",
-                 "difference,\nlargest below")
+        texts = "features of\nthe digit", "these,\nshifted", "features of\nshifted digit", "difference"
         for ax, text in zip(grid[:, 0], texts):
-            ax.set_ylabel(text, fontsize=9)
+            ax.set_ylabel(text, fontsize=8)
     return figure
 
 

@@ -52,7 +52,7 @@ def cell(model: str, train_mode: str, version: str, precision: str) -> Cell:
 
 def recipe_cell(recipe: str, version: str) -> Cell:
     options = {"precision": "bf16", "recipe": recipe}
-    study = Study(reproduce.plan(5, ["mobius_regular"], ["centered"], options))
+    study = Study(reproduce.plan(PAPER_RUNS, ["mobius_regular"], ["centered"], options))
     return Cell(study, "mobius_regular", "centered", version)
 
 
@@ -76,9 +76,10 @@ def table5() -> str:
 
 def results() -> str:
     """All runs of the paper's protocol."""
-    study = Study(reproduce.plan(5, list(MODELS), list(TRAIN_MODES), {"precision": "bf16"}))
+    options = {"precision": "bf16"}
+    study = Study(reproduce.plan(PAPER_RUNS, list(MODELS), list(TRAIN_MODES), options))
     text = reproduce.table(study, reproduce.PAPER, "markdown")
-    return text[:text.index("Not the paper's protocol")].rstrip()
+    return text.partition("Not the paper's protocol")[0].rstrip()
 
 
 def digits() -> str:

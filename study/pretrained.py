@@ -30,20 +30,20 @@ def hundred_digits() -> dict[str, Tensor]:
     return {"centered": images, "shifted": isometry_action(images, shifts, SCALAR)}
 
 
-def predictions(name: str) -> dict[str, list[int]]:
-    """Predicted classes of the hundred digits, centered and shifted."""
-    model = load_network(FOLDER / f"{name}.pt", {}).model
-    return {version: predict(model, images).tolist() for version, images in hundred_digits().items()}
+def predictions(path) -> dict[str, list[int]]:
+    """Predicted classes of the hundred digits, centered and shifted, by the network in a file."""
+    model = load_network(path, {}).model
+    return {name: predict(model, digits).tolist() for name, digits in hundred_digits().items()}
 
 
 def take_over(name: str, run) -> None:
     weights, result = Path(run, "weights.pt"), read_result(Path(run, "result.json"))
     if result["status"] != "finished":
         raise ValueError(f"the run in {run} is not finished")
+    result["predictions"] = predictions(weights)
     with write_atomically(FOLDER / f"{name}.pt") as file:
         file.write(weights.read_bytes())
     write_json(FOLDER / f"{name}.json", result)
-    write_json(FOLDER / f"{name}.json", result | {"predictions": predictions(name)})
 
 
 def networks() -> dict[str, dict]:
@@ -52,5 +52,7 @@ def networks() -> dict[str, dict]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     take_over(*sys.argv[1:])
     say(f"wrote {FOLDER / sys.argv[1]}.pt and .json")

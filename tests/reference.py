@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from nn_layers import EquivBatchNorm
+from building_blocks import EquivBatchNorm
 
 DOUBLE = torch.float64
 TOLERANCE = 1e-10

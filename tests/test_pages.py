@@ -75,8 +75,8 @@ class TestPages(FilesCase):
             (README, f"conventional CNN has {cnn.mean:.0f} %"),
             (README, f"{changed['mobius_regular', 'polyphase']} change under all 56 shifts"),
             (README, f"where {changed['mobius_regular',]:,} do"),
-            (README, f"{regular['improved'].mean:.2f} ± {regular['improved'].std:.2f} % (5 runs)"),
-            (README, f"{regular['paper'].mean:.2f} ± {regular['paper'].std:.2f} % (5 runs)"),
+            *((README, f"{cell.mean:.2f} ± {cell.std:.2f} % ({cell.n} runs)")
+              for cell in regular.values()),
             (README, f"takes {step:.2f} times as long"),
             (self.page("results"), "its maximum " + " and ".join(
                 f"{max(curve['norms']):.3g}" for curve in curves
@@ -97,7 +97,8 @@ class TestPages(FilesCase):
     def test_links(self):
         for page, text in TEXTS.items():
             for link in (
-                *re.findall(r"\]\(([^)#:]+)[)#]", text), *re.findall(r'src(?:set)?="([^"]+)"', text),
+                *re.findall(r"\]\(([^)#:]+)[)#]", text),
+                *re.findall(r'src(?:set)?="([^"]+)"', text),
             ):
                 self.assertTrue((ROOT / page.parent / link).exists(), f"{page}: {link}")
         for path in (*ROOT.glob("*.py"), *ROOT.glob("docs/*.md")):

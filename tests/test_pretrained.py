@@ -25,7 +25,7 @@ class TestPretrained(Case):
                 for option, value in EXPECTED[name].items():
                     self.assertEqual(config[option], value)
                 self.assertEqual((record["status"], len(record["epochs"])), ("finished", 20))
-                found = pretrained.predictions(name)
+                found = pretrained.predictions(pretrained.FOLDER / f"{name}.pt")
                 for version, recorded in record["predictions"].items():
                     # Rounding differs between machines.
                     differ = np.not_equal(found[version], recorded).sum()

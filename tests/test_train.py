@@ -578,7 +578,7 @@ class TestTrain(RunsCase):
             train.Config("mobius_regular", sign_eps=1e-8)
 
     def test_an_entry_is_an_option(self):
-        """Help, parsed options and the row of the docs come from one call; entries of Config too."""
+        """Help, parsed options and the docs' row come from one call; entries of Config too."""
         parser = CommandLine("")
         parser.option("size", "of x | y, as --scale 1", 0.5, type=float, metavar="X")
         parser.option("kind", "of it", choices=("a", "b"))

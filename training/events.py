@@ -93,14 +93,21 @@ class RunEvents:
         self._picture_writer.close()
 
 
-def save_error_against_shift(errors: list[float], config, path) -> None:
-    """Draw the error in % at each shift into a PNG. Raises ValueError without matplotlib."""
+def check_matplotlib() -> None:
+    """Raises ValueError if matplotlib is not installed."""
     try:
-        from study.figures import error_against_shift
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--out needs matplotlib ({error}): leave it out") from error
+
+
+def save_error_against_shift(errors: list[float], config, path) -> None:
+    """Draw the error in % at each shift into a PNG."""
+    from study.figures import error_against_shift
+
     row = {
-        "model": config.model, "settings": {}, "train_mode": config.train_mode, "errors": errors,
+        "model": config.model, "train_mode": config.train_mode, "errors": errors,
+        "settings": {} if config.pooling == "fixed" else {"pooling": config.pooling},
     }
     with write_atomically(path) as file:
         error_against_shift([row]).savefig(file, format="png", dpi=150)

@@ -39,12 +39,14 @@ def restore(optimizer: torch.optim.Optimizer, stored: dict) -> None:
     optimizer.zero_grad()
     own = optimizer.state_dict()
 
-    def shapes(state: dict) -> dict:
-        return {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+    def shapes(states: dict) -> dict:
+        return {
+            (index, name): value.shape for index, state in states.items()
+            for name, value in state.items() if isinstance(value, Tensor)
+        }
 
-    for index, state in stored["state"].items():
-        if shapes(state) != shapes(own["state"].get(index, {})):
-            raise ValueError(f"the optimizer's state of parameter {index} has other names or shapes")
+    if shapes(stored["state"]) != shapes(own["state"]):
+        raise ValueError("the optimizer's state has other names or shapes")
     optimizer.load_state_dict(own | {"state": stored["state"]})
 
 

@@ -200,7 +200,7 @@ class Config:
         return self.lr * LR_SCHEDULES[self.lr_schedule](self, time)
 
     def protocol(self) -> dict:
-        """All settings that result.json has: those that do not name files or devices."""
+        """All settings that result.json has: those that define what is trained and tested."""
         unrecorded = names_of("input", "output")
         return {name: value for name, value in asdict(self).items() if name not in unrecorded}
 

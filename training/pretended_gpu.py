@@ -53,7 +53,7 @@ class PretendedGPU(TorchDispatchMode):
     """Context in which the device `device` exists.
 
     launches: number of operations on its tensors, without views, allocations and copies from and
-        to the host. A fused kernel is one, an operation of several kernels also.
+        to the host. Each counts as one, however many kernels it has.
     waits: number of times that the host waits for the GPU, by the name of the operation. Copies
         from and to the host are among them: their memory is pageable.
     """

@@ -126,7 +126,10 @@ def describe_trained(config, result: dict | None, data) -> str:
     ]
     line = ", ".join(words)
     if trained_on["sha256"] != data.sha256:
-        line += f"\nother data than these: {data.file} (SHA-256 {data.sha256[:8]}…)"
+        line += (
+            "\ntested on other data than it was trained on: "
+            f"{data.file} (SHA-256 {data.sha256[:8]}…)"
+        )
     return line
 
 
