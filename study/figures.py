@@ -191,11 +191,12 @@ def on_long_strip(image: Tensor, length: int) -> Tensor:
 
 def strips_in_space(image: Tensor, shifts: Sequence[int], length: int) -> Figure:
     """A digit ``(1, 1, W, L)`` at several shifts on a strip in space; the cut is a line."""
-    figure = Figure(figsize=(2.15 * len(shifts), 1.85))
+    figure = Figure(figsize=(1.8 * len(shifts), 1.58))
     for i, shift in enumerate(shifts):
         axes = figure.add_axes(((i + 0.01) / len(shifts), 0, 0.98 / len(shifts), 0.88))
         _draw_in_space(axes, isometry_action(on_long_strip(image, length), shift, SCALAR)[0, 0])
-        figure.text((i + 0.5) / len(shifts), 0.9, f"t = {shift}", ha="center", color=GREY)
+        figure.text((i + 0.5) / len(shifts), 0.9, f"t = {shift}", ha="center", color=GREY,
+                    fontsize=9)
     return figure
 
 
@@ -296,7 +297,8 @@ def steerable_kernels(conv: MobiusConv) -> Figure:
     kernel, _ = conv.expand()
     largest = _largest(kernel)
     rows, columns = _numbered_channels(conv.in_fields), _numbered_channels(conv.out_fields)
-    figure = Figure(figsize=(1.45 * len(columns), 1.6 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1.45 * len(columns), 1.6 * len(rows)))
+    figure.set_layout_engine("constrained", h_pad=0.08)
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, (name_in, row) in enumerate(rows):
         for o, (name_out, column) in enumerate(columns):
@@ -306,9 +308,8 @@ def steerable_kernels(conv: MobiusConv) -> Figure:
             texts = texts[row % len(texts)]
             axes.set_title(texts[column % len(texts)], fontsize=10, pad=4)
             if row == column == 0:
-                axes.annotate(f"{TYPES[name_in]} → {TYPES[name_out]}", (0, 1),
-                              xytext=(0, 20), xycoords="axes fraction",
-                              textcoords="offset points", fontsize=9, weight="bold")
+                axes.set_title(f"{TYPES[name_in]} → {TYPES[name_out]}\n", loc="left", fontsize=9,
+                               weight="bold", pad=4)
     return figure
 
 
@@ -436,7 +437,8 @@ def equivariance(networks: Mapping[str, NetworkFeatures],
             column[0].set_title(title, fontsize=9)
             relative = _largest(layer.difference) / _largest(layer.of_digit)
             column[3].set_xlabel(f"{relative:.2g}", fontsize=9)
-        texts = "features of\nthe digit", "these,\nshifted", "features of\nshifted digit", "difference"
+        texts = ("features of\nthe digit", "these,\nshifted", "features of\nshifted digit",
+                 "difference")
         for ax, text in zip(grid[:, 0], texts):
             ax.set_ylabel(text, fontsize=8)
     return figure

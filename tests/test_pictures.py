@@ -149,7 +149,8 @@ class TestPictures(Case):
             "flip K", "−flip K", "flip M", "flip K",
         ])
         types = ("scalar", "sign-flip", "regular")
-        self.assertEqual([text.get_text() for axes in figure.axes for text in axes.texts],
+        self.assertEqual([axes.get_title("left").strip() for axes in figure.axes
+                          if axes.get_title("left")],
                          [f"{before} → {after}" for before in types for after in types])
         # From one type to one, all fields of it.
         conv = MobiusConv((0, 0, 2), (2, 0, 0), 3)
