@@ -520,12 +520,12 @@ def _percent_ticks(axis, values: Sequence[float]) -> None:
 
 
 def results(errors: Mapping[tuple[str, str], list[float]],
-            paper: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
+            paper: Mapping[str, Mapping[str, tuple]]) -> Figure:
     """Test errors on shifted digits: a dot for each run, a bar for the paper's mean ± std.
 
     Args:
         errors: in %, of the runs of each (model, training mode).
-        paper: mean and standard deviation, by model and training mode.
+        paper: mean, standard deviation and more, by model and training mode.
     """
     figure = Figure(figsize=(8.6, 3.3), layout="constrained")
     modes = ("centered", "shifted")
@@ -534,7 +534,7 @@ def results(errors: Mapping[tuple[str, str], list[float]],
     for axes, mode in zip(figure.subplots(1, 2, sharex=True, sharey=True), modes):
         for row, name in enumerate(models):
             if published := paper.get(name, {}).get(mode):
-                mean, std = published
+                mean, std, *_ = published
                 axes.barh(row, 2 * std, left=mean - std, height=0.62, color=GREY, alpha=0.35,
                           linewidth=0)
                 axes.plot([mean, mean], [row - 0.31, row + 0.31], color=GREY, linewidth=1.5)

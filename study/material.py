@@ -13,12 +13,12 @@ from nn_layers import MobiusConv
 from study.features import NetworkFeatures, features_and_shift
 from study.gradients import EPOCHS, FORMAT, measure_gradient_norms
 from study.pretrained import FOLDER as PRETRAINED
-from study.runs import OTHER_DEFAULTS, Study, read_results_file
+from study.runs import OTHER_DEFAULTS, Study
 from study.shifts import read_error_against_shift
 from study.table import PAPER_RUNS, Cell
 from training.checkpoints import load_network
 from training.data import Data, find_data
-from training.files import say, write_json
+from training.files import read_results_file, say, write_json
 from training.options import PRECISIONS, TRAIN_MODES, Config
 
 NETWORKS = {"gauge_cnn": "mobius_regular", "cnn": "cnn_same_channels"}

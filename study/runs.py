@@ -1,6 +1,7 @@
 """Many runs in one results folder: which are finished, who trains the others, how far it is.
 
     results/runs/RUN.json       a finished run, as train.py's result.json
+    results/table5.json         finished runs in one file, once `Study.pack` has moved them in
     results/logs/RUN/           its folder: log, weights, and the checkpoint until it is finished
 
 Any number of processes, on any number of machines, may share a results folder. A process trains
@@ -18,10 +19,11 @@ from pathlib import Path
 import torch
 
 from convert_mnist import SOURCES
+from study.packed import FILE, has_curve, read_packed, write_packed
 from train import Diverged, Run
 from training.checkpoints import BadCheckpoint, read_result
 from training.data import Data, find_data
-from training.files import read_json, say, write_json
+from training.files import say, write_json
 from training.options import RECIPES, REPORTING, Config
 from training.run_folder import Busy
 
@@ -50,19 +52,6 @@ def run_name(config: Config) -> str:
     return re.sub(r"[^\w.-]", "_", name + "".join(changed))
 
 
-def read_results_file(path, version: int) -> dict:
-    """Read a JSON file of results.
-
-    Raises:
-        ValueError: naming the file, if it is damaged or of another format than `version`.
-        OSError: naming the file, if it cannot be read.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != version:
-        raise ValueError(f"{path} is damaged or not of format {version}: move it away")
-    return content
-
-
 class Study:
     """Runs, and where their files are.
 
@@ -74,6 +63,7 @@ class Study:
 
     def __init__(self, configs: list[Config], results=RESULTS, bar: bool = True) -> None:
         self.configs, self.results, self.bar = configs, Path(results), bar
+        self._packed = None
 
     def file(self, config: Config) -> Path:
         return self.results / "runs" / f"{run_name(config)}.json"
@@ -89,12 +79,12 @@ class Study:
             OSError: if it cannot be read.
         """
         path = self.file(config)
-        if not path.exists():
-            return None
         try:
-            result = read_result(path)
+            result = self.read(run_name(config))
         except ValueError as error:
             raise ValueError(f"{error}: move it away, and the run is trained again") from error
+        if result is None:
+            return None
         for name, value in config.protocol().items():
             found = result["config"].get(name)
             if name not in REPORTING and found != value:
@@ -105,8 +95,58 @@ class Study:
             raise ValueError(f"{path} is not of a finished run: move it away")
         return result
 
+    def stored(self) -> list[str]:
+        """Names of all finished runs in the results folder, whatever their settings."""
+        files = (path.stem for path in (self.results / "runs").glob("*.json"))
+        return sorted({*files, *self.packed})
+
+    def read(self, name: str) -> dict | None:
+        """The result of a finished run by its name, None if there is none.
+
+        Raises:
+            ValueError, OSError: naming the file, if it is damaged or cannot be read.
+        """
+        # In this order: a run that is packed meanwhile is in both files before it is in one.
+        with contextlib.suppress(FileNotFoundError):
+            return read_result(self.results / "runs" / f"{name}.json")
+        return self.packed.get(name)
+
+    @property
+    def packed(self) -> dict[str, dict]:
+        """Results in table5.json by name, read again if the file has changed."""
+        path = self.results / FILE
+        version = path.stat().st_mtime_ns if path.exists() else None
+        if self._packed is None or self._packed[0] != version:
+            self._packed = version, read_packed(path)
+        return self._packed[1]
+
+    def pack(self) -> str:
+        """Move finished runs of any settings from runs/ into table5.json.
+
+        A run that was tested before its last epoch keeps its file, with its training curve.
+
+        Returns:
+            What it did, in a sentence.
+
+        Raises:
+            ValueError, OSError: naming the file, for one that is damaged or cannot be read or
+                written. Then no run is moved.
+        """
+        with locked(self.results / f".{FILE}.lock"):
+            paths = sorted((self.results / "runs").glob("*.json"))
+            fresh = {path: read_result(path) for path in paths}
+            fresh = {path: result for path, result in fresh.items()
+                     if result["status"] == "finished" and not has_curve(result)}
+            results = self.packed | {path.stem: result for path, result in fresh.items()}
+            write_packed(self.results / FILE, results)
+            for path in fresh:  # if killed in here, the next call goes on
+                path.unlink()
+        return (f"moved {len(fresh)} runs into {self.results / FILE}, which has {len(results)}; "
+                f"{len(paths) - len(fresh)} keep their files, with their training curves")
+
     def finished(self) -> list[Config]:
-        return [config for config in self.configs if self.file(config).exists()]
+        stored = set(self.stored())
+        return [config for config in self.configs if run_name(config) in stored]
 
     def claim(self, config: Config, data: Data) -> Run | None:
         """A run that this process may train; no other process has it until it is closed.
@@ -143,7 +183,7 @@ class Study:
 
         A process that was killed after training may not have published the result: this does.
         """
-        if self.file(run.config).exists():
+        if self.read(run_name(run.config)):
             return True
         path = run.folder.path / "result.json"
         if not path.exists():
@@ -294,7 +334,7 @@ def load_data(config: Config, device: torch.device) -> Data:
     """
     path = SOURCES[config.dataset].path
     if config.data is None and not path.exists():
-        with _locked(path.with_name(f".{path.name}.lock")):
+        with locked(path.with_name(f".{path.name}.lock")):
             if not path.exists():
                 return find_data(config, device)
         config = replace(config, mnist_root=None)
@@ -302,7 +342,7 @@ def load_data(config: Config, device: torch.device) -> Data:
 
 
 @contextlib.contextmanager
-def _locked(path: Path):
+def locked(path: Path):
     """Hold the lock of a file; the system releases it when the process dies."""
     import fcntl
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import re
 
 import torch
@@ -13,7 +12,7 @@ import reproduce
 import train
 import visualize
 from study import figures, pages
-from study.runs import run_name
+from study.runs import Study, run_name
 from tests.support import ROOT, FilesCase
 
 TEXTS = {page.relative_to(ROOT): page.read_text(encoding="utf-8") for page in pages.PAGES}
@@ -89,10 +88,12 @@ class TestPages(FilesCase):
         return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
     def test_committed_runs(self):
-        for path in sorted((ROOT / "results" / "runs").glob("*.json")):
-            result = json.loads(path.read_text())
-            self.assertEqual(result["status"], "finished", path)
-            self.assertEqual(run_name(train.Config(**result["config"])), path.stem)
+        study = Study([])
+        for name in study.stored():
+            result = study.read(name)
+            self.assertEqual(result["status"], "finished", name)
+            self.assertEqual(run_name(train.Config(**result["config"])), name)
+        self.assertGreater(len(study.stored()), 50)
 
     def test_links(self):
         for page, text in TEXTS.items():
@@ -164,7 +165,7 @@ class TestPages(FilesCase):
                 about = f"python visualize.py {path.stem.split('-')[0]}"
                 self.assertEqual(path.read_text(), committed, about)
         for row in pages.read("error_against_shift.json")["rows"]:
-            stored = pages.read(f"runs/{row['run']}.json")
+            stored = Study([]).read(row["run"])
             self.assertAlmostEqual(row["errors"][0], stored["test_error"]["centered"], delta=0.05)
 
     def test_citation(self):

@@ -300,7 +300,7 @@ class TestPictures(Case):
                 errors[key] for key in (("cnn_same_channels", mode),
                                         ("mobius_regular", mode)) if key in errors
             ])
-            mean, std = reproduce.PAPER["mobius_regular"][mode]
+            mean, std, _ = reproduce.PAPER["mobius_regular"][mode]
             bar = axes.patches[1]
             self.assertAlmostEqual(bar.get_x(), mean - std)
             self.assertAlmostEqual(bar.get_width(), 2 * std)

@@ -123,6 +123,8 @@ class TestTrain(RunsCase):
         self.assertEqual(stored["parameters"], count_parameters(build_model("mobius_regular")))
         self.assertEqual((stored["data"]["train_digits"], stored["data"]["test_digits"]), (64, 32))
         self.assertEqual(stored["environment"]["versions"]["torch"], torch.__version__)
+        if (ROOT / ".git").exists():
+            self.assertRegex(stored["environment"]["commit"], "^[0-9a-f]{12}(-dirty)?$")
         self.assertEqual([record["epoch"] for record in stored["epochs"]], [1, 2])
         keys = {
             "epoch", "lr", "train_loss", "train_error", "seconds", "test_loss_shifted",

@@ -2,11 +2,14 @@
 compiler.
 """
 
+import contextlib
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,12 +53,22 @@ def describe_environment(device: torch.device) -> dict:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "commit": _commit(),
     }
     if is_gpu(device):
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         described["device"] = torch.get_device_module(device).get_device_name(device)
         described["tf32"] = matmul.allow_tf32 or cudnn.allow_tf32
     return described
+
+
+def _commit() -> str | None:
+    """The commit of this code, with "-dirty" if it has changed since. None outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+               "--exclude=*", "--abbrev=12"]
+    with contextlib.suppress(OSError):
+        found = subprocess.run(command, capture_output=True, text=True)
+        return found.stdout.strip() or None
 
 
 def _cpu_name() -> str:

@@ -112,6 +112,19 @@ def read_json(path) -> object:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
     except OSError as error:
-        raise OSError(f"cannot read {path}: {error.strerror or error}") from error
+        raise type(error)(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or no JSON file ({error})") from error
+
+
+def read_results_file(path, version: int) -> dict:
+    """Read a JSON file of results.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or of another format than `version`.
+        OSError: naming the file, if it cannot be read.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != version:
+        raise ValueError(f"{path} is damaged or not of format {version}: move it away")
+    return content
