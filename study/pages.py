@@ -19,7 +19,6 @@ from models import MODELS, POOLINGS, MobiusGaugeCNN, build_model, count_paramete
 from study.runs import Study
 from study.shifts import consistency, read_error_against_shift
 from study.table import PAPER_RUNS, Cell
-from training.checkpoints import read_result
 from training.files import say, write_atomically
 from training.options import PRECISIONS, TRAIN_MODES
 
@@ -69,7 +68,7 @@ def table5() -> str:
             cells = [cell(model, mode, "shifted", precision) for precision in ("bf16", "fp32")]
             best = max(cells, key=lambda cell: cell.n)
             mark = " †" if best.n and best.config.precision == "fp32" else ""
-            paper = "{:.2f} ± {:.2f}".format(*best.paper) if best.paper else ""
+            paper = str(best.paper or "")
             rows[-1] += [f"{best}{mark}", paper]
     return markdown(["model", "trained on centered", "paper", "trained on shifted", "paper"], rows)
 
@@ -84,8 +83,8 @@ def results() -> str:
 
 def digits() -> str:
     rows = []
-    for path in sorted((RESULTS / "runs").glob("digits-*.json")):
-        result = read_result(path)
+    study = Study([])
+    for result in (study.read(run) for run in study.stored() if run.startswith("digits-")):
         errors = [f"{result['test_error'][version]:.2f}" for version in ("shifted", "centered")]
         rows.append([f"`{result['config']['model']}`", result["config"]["seed"], *errors])
     return markdown(["model", "seed", "shifted test digits", "centered test digits"], rows)
@@ -98,11 +97,12 @@ def shifts() -> str:
         errors = f"{min(row['errors']):.2f} … {max(row['errors']):.2f} %"
         rows.append([
             f"`{row['model']}`", row["seed"], settings,
-            f"{row['changed']:,} of {row['predictions']:,}", consistency(row), errors,
+            f"{row['changed']:,} of {row['predictions']:,}", consistency(row),
+            f"{row['changed_formulas']:,}" if "changed_formulas" in row else "", errors,
         ])
     return markdown([
         "network", "seed", "settings", "another class than at shift 0", "the same class",
-        "test error, over the shifts",
+        "another class, by the formulas alone", "test error, over the shifts",
     ], rows)
 
 

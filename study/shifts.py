@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
+import fast
 from convert_mnist import LENGTH
-from study.runs import Study, read_results_file, run_name, settings_not_in_paper
+from study.runs import Study, run_name, settings_not_in_paper
 from train import predict_at_every_shift
 from training.checkpoints import load_network
 from training.data import Data
-from training.environment import describe_environment
-from training.files import say, write_json
+from training.environment import describe_environment, is_gpu
+from training.files import read_results_file, say, write_json
 
 FORMAT = 1  # of error_against_shift.json
 LISTED = 100  # changed predictions in a row of it
@@ -36,7 +37,8 @@ def measure_error_against_shift(study: Study, data: Data, device: torch.device) 
     Writes a row for each run into error_against_shift.json, and keeps the rows that are there.
     A row has the run's name, its settings that differ from the paper's and a hash of its weights;
     the error in % at each shift; the number of predictions (digits times shifts), how many of them
-    differ from the one at shift 0, and the first of those as [shift, digit].
+    differ from the one at shift 0, and the first of those as [shift, digit]. On a CPU, also how
+    many differ if the formulas are computed without the faster functions of ``fast/``.
 
     Returns:
         The file's path.
@@ -53,9 +55,9 @@ def measure_error_against_shift(study: Study, data: Data, device: torch.device) 
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         if any((row["run"], row["weights"]) == (name, digest) for row in rows):
             continue
-        model = load_network(weights, config.network()).model
+        model = load_network(weights, config.network()).model.to(device)
         images, labels = data.splits["test_centered"]
-        predictions = predict_at_every_shift(model.to(device), images)
+        predictions = predict_at_every_shift(model, images)
         errors = (100 * (predictions != labels).double().mean(1)).tolist()
         changed = (predictions != predictions[0]).nonzero().tolist()
         settings = settings_not_in_paper(config)
@@ -68,6 +70,10 @@ def measure_error_against_shift(study: Study, data: Data, device: torch.device) 
             "predictions": predictions.numel(), "changed": len(changed),
             "first_changed": changed[:LISTED],
         }]
+        if not is_gpu(device):
+            with fast.disabled():
+                predictions = predict_at_every_shift(model, images)
+            rows[-1]["changed_formulas"] = int((predictions != predictions[0]).sum())
         shifts = list(range(2 * LENGTH))
         write_json(path, {"format": FORMAT, "shifts": shifts, "rows": rows})
         say(f"{name}: {min(errors):.2f} to {max(errors):.2f} %, "

@@ -9,20 +9,38 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 from models import MODELS
 from study.runs import Study, run_name, settings_not_in_paper
-from training.checkpoints import read_result
+from study.statistics import Comparison, compare, holm
 from training.options import TRAIN_MODES
 
 PAPER_RUNS = 32  # of each cell of Table 5
-SIGNIFICANCE = 0.01
-# Welch's test is not made of fewer runs, whose standard deviation is too often too small by
-# chance: of two runs, it sees a difference where there is none in 8 cases of 100 instead of 1;
-# of five, in 1.7.
+SIGNIFICANCE = 0.05
+# Fewer runs are not compared: their standard deviation is too often too small by chance. For two
+# runs, Welch's test at a level of 1 % sees a difference where there is none in 8 % of all cases;
+# for five, in 1.7 %.
 LEAST_RUNS = 5
 
-Paper = Mapping[str, Mapping[str, tuple[float, float]]]  # mean, std by model and training mode
+
+class Published(NamedTuple):
+    """A cell of the paper's table.
+
+    Attributes:
+        mean, std: of the test error in %, over `PAPER_RUNS` runs.
+        margin: a difference below this, in percentage points, counts as none.
+    """
+
+    mean: float
+    std: float
+    margin: float = 0.1
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.std:.2f}"
+
+
+Paper = Mapping[str, Mapping[str, Published]]  # by model and training mode
 
 
 class Cell:
@@ -35,9 +53,14 @@ class Cell:
         paper: the paper's test errors on MNIST's shifted digits.
         settings: those in which the cell's runs differ from the study's.
 
+    Attributes:
+        p, p_margin: those of `comparison`, corrected for the number of cells in the table.
+
     Raises:
         ValueError, OSError: as `Study.result` does.
     """
+
+    p = p_margin = None
 
     def __init__(self, study: Study, model: str, train_mode: str, test_digits: str,
                  paper: Paper | None = None, settings: Mapping = {}) -> None:
@@ -73,19 +96,22 @@ class Cell:
         return stdev(self.errors) if self.n > 1 else None
 
     @property
-    def p(self) -> float | None:
-        """p-value of Welch's test against the paper's runs; None of fewer than `LEAST_RUNS`."""
+    def comparison(self) -> Comparison | None:
+        """With the paper's runs; None for fewer than `LEAST_RUNS`."""
         if self.paper is None or self.n < LEAST_RUNS:
             return None
-        from scipy.stats import ttest_ind_from_stats  # importing it takes a second
-
-        ours, published = (self.mean, self.std, self.n), (*self.paper, PAPER_RUNS)
-        return float(ttest_ind_from_stats(*ours, *published, equal_var=False).pvalue)
+        published = (self.paper.mean, self.paper.std, PAPER_RUNS)
+        return compare((self.mean, self.std, self.n), published, self.paper.margin)
 
     @property
-    def differs(self) -> bool:
-        """Whether the difference from the paper is significant."""
-        return self.p is not None and self.p < SIGNIFICANCE
+    def verdict(self) -> str:
+        """What the tests say, in words."""
+        if self.p is None:
+            return ""
+        if self.p_margin < SIGNIFICANCE:
+            differs = "differs, by less than" if self.p < SIGNIFICANCE else "equal within"
+            return f"{differs} {self.paper.margin:g}"
+        return "differs" if self.p < SIGNIFICANCE else "undecided"
 
     def __str__(self) -> str:
         if self.mean is None:
@@ -106,7 +132,7 @@ def table(study: Study, paper: Paper, style: str = "text") -> str:
             for results on different data.
         ImportError: if SciPy is not installed.
     """
-    if not (study.results / "runs").is_dir():
+    if not study.stored() and not (study.results / "runs").is_dir():
         raise ValueError(f"there are no results in {study.results} (no folder runs)")
     models = list(dict.fromkeys(config.model for config in study.configs))
     train_modes = list(dict.fromkeys(config.train_mode for config in study.configs))
@@ -114,25 +140,24 @@ def table(study: Study, paper: Paper, style: str = "text") -> str:
     cells = [Cell(study, model, mode, version, paper, settings)
              for model in models for settings in ({}, *other_settings(study, model))
              for mode in train_modes for version in versions]
+    cells = [cell for cell in cells if cell.n or not cell.settings]
+    compared = [(cell, cell.comparison) for cell in cells if cell.comparison]
+    for name in ("p", "p_margin"):
+        for (cell, _), p in zip(compared, holm([getattr(found, name) for _, found in compared])):
+            setattr(cell, name, p)
     if len(set().union(*(cell.hashes for cell in cells))) > 1:
         raise ValueError(f"the runs in {study.results / 'runs'} are on different npz files: "
                          "no table of them")
     if style == "csv":
         return _csv(cells)
-    body = _markdown if style == "markdown" else _text
-    parts = []
-    for version in versions:
-        shown = [cell for cell in cells if cell.test_digits == version]
-        title = (f"Test error in % on {version} test digits ({digits}): "
-                 "mean ± standard deviation (runs)")
-        if any(cell.paper for cell in shown):
-            title += f"; paper: {PAPER_RUNS} runs"
-        parts += [title, body(_rows(shown, train_modes))]
-    if any(cell.differs for cell in cells):
-        star = "\\*" if style == "markdown" else "*"
-        parts.append(f"{star} differs from the paper: Welch's test, p < {SIGNIFICANCE}")
-    if any(cell.paper and 0 < cell.n < LEAST_RUNS for cell in cells):
-        parts.append(f"Cells of fewer than {LEAST_RUNS} runs are not tested.")
+    parts = [f"Test error in % ({digits}): mean ± standard deviation (runs)",
+             (_markdown if style == "markdown" else _text)(_rows(cells))]
+    if any(cell.paper for cell in cells):
+        parts.append(
+            f"The paper has {PAPER_RUNS} runs on shifted test digits. The difference has its "
+            f"95 % interval. p: Welch's test, corrected by Holm's method; verdict at {SIGNIFICANCE}. "
+            f"Cells of fewer than {LEAST_RUNS} runs are not compared."
+        )
     remarks = _remarks(study, [cell for cell in cells if cell.test_digits == versions[0]])
     return "\n\n".join(parts + remarks)
 
@@ -143,32 +168,33 @@ def other_settings(study: Study, model: str) -> list[dict]:
     Only runs that differ in sign_eps, in precision or in both count. Damaged results do not.
     """
     configs = [config for config in study.configs if config.model == model]
-    paths, found = sorted((study.results / "runs").glob(f"*-{model}-*.json")), []
-    for path in paths:
+    runs, found = [run for run in study.stored() if f"-{model}-" in run], []
+    for run in runs:
         with contextlib.suppress(ValueError):
-            stored = read_result(path)["config"]
+            stored = study.read(run)["config"]
             settings = {name: stored[name] for name in ("sign_eps", "precision")
                         if stored[name] != getattr(configs[0], name)}
             if settings and settings not in found:
-                if any(study.file(replace(config, **settings)) in paths for config in configs):
+                if any(run_name(replace(config, **settings)) in runs for config in configs):
                     found.append(settings)
     return found
 
 
-def _rows(cells: list[Cell], train_modes: list[str]) -> list[list[str]]:
-    has_paper = any(cell.paper for cell in cells)
-    rows = [["model"]]
-    for mode in train_modes:
-        rows[0] += [f"trained on {mode}"] + ["paper", "p"] * has_paper
-    for name in dict.fromkeys(cell.row for cell in cells):
-        row = [name]
-        for cell in (cell for cell in cells if cell.row == name):
-            row.append(str(cell) + " *" * cell.differs)
-            if has_paper:
-                row.append("{:.2f} ± {:.2f}".format(*cell.paper) if cell.paper else "")
-                row.append("" if cell.p is None else f"{cell.p:.2g}")
-        rows.append(row)
-    return rows
+def _rows(cells: list[Cell]) -> list[list[str]]:
+    """Rows for models and training modes; columns for versions of the test digits."""
+    rows = {}
+    for cell in cells:
+        row = rows.setdefault((cell.row, cell.train_mode),
+                              {"model": cell.row, "trained on": cell.train_mode})
+        row[f"{cell.test_digits} test digits"] = str(cell)
+        if cell.paper:
+            row["paper"] = str(cell.paper)
+            found = cell.comparison
+            row["difference (95 %)"] = found and "{:+.2f} ({:+.2f} to {:+.2f})".format(*found) or ""
+            row["p"] = f"{cell.p:.2g}" if found else ""
+            row["verdict"] = cell.verdict
+    head = list(max(rows.values(), key=len))
+    return [head, *([row.get(name, "") for name in head] for row in rows.values())]
 
 
 def _text(rows: list[list[str]]) -> str:
@@ -178,7 +204,7 @@ def _text(rows: list[list[str]]) -> str:
 
 
 def _markdown(rows: list[list[str]]) -> str:
-    head, *body = [[text.replace("*", "\\*") for text in row] for row in rows]
+    head, *body = rows
     lines = [head, ["---"] * len(head), *([f"`{name}`", *cells] for name, *cells in body)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -187,15 +213,18 @@ def _csv(cells: list[Cell]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     columns = ("digits settings model train_mode test_digits n missing mean std "
-               "paper_mean paper_std paper_n p differs")
+               "paper_mean paper_std paper_n difference low high p margin p_margin verdict")
     writer.writerow(columns.split())
     for cell in cells:
         settings = settings_not_in_paper(cell.config).items()
-        paper = (*cell.paper, PAPER_RUNS) if cell.paper else (None,) * 3
+        paper = (cell.paper.mean, cell.paper.std, PAPER_RUNS) if cell.paper else (None,) * 3
+        found = cell.comparison
+        difference = found[:3] if found else (None,) * 3
+        margin = cell.paper.margin if found else None
         writer.writerow([
             cell.config.digits, " ".join(f"{name}={value}" for name, value in settings),
             cell.model, cell.train_mode, cell.test_digits, cell.n, len(cell.missing),
-            cell.mean, cell.std, *paper, cell.p, "" if cell.p is None else int(cell.differs),
+            cell.mean, cell.std, *paper, *difference, cell.p, margin, cell.p_margin, cell.verdict,
         ])
     return file.getvalue().rstrip("\n")
 
@@ -229,7 +258,7 @@ def _runs_not_shown(study: Study, cells: list[Cell]) -> str:
         match = re.fullmatch(pattern, name)
         return " ".join([match[1], *re.split("-(?=[a-z])", match[2])[1:]]) if match else ""
 
-    counts = Counter(settings(path.stem) for path in (study.results / "runs").glob("*.json"))
+    counts = Counter(map(settings, study.stored()))
     for name in ("", *(settings(run_name(cell.config)) for cell in cells)):
         counts.pop(name, None)
     return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
