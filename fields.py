@@ -81,6 +81,156 @@ REPRESENTATIONS = {  # in the order of the channels, under the names of `Fields`
 
 
 # --------------------------------------------------------------------------------------------------
+# Symmetries
+
+
+def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
+    """Views of the channels of each field type that occurs, in their order."""
+    sizes = {name: m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, fields) if m}
+    return dict(zip(sizes, x.split(list(sizes.values()), dim=1)))
+
+
+def rho_s(x: Tensor, fields: Fields) -> Tensor:
+    """The action of s on the channels of `x`."""
+    blocks = split_types(x, fields)
+    if len(blocks) == 1:  # spares a copy
+        return REPRESENTATIONS[next(iter(blocks))].rho_s(x)
+    return torch.cat([REPRESENTATIONS[name].rho_s(block) for name, block in blocks.items()], dim=1)
+
+
+def gauge_transform(x: Tensor, fields) -> Tensor:
+    """Reflect all frames: rho(s) acts on the channels, no pixel moves.
+
+    Args:
+        x: feature map ``(N, C, W, L)`` of any dtype and device.
+        fields: multiplicities ``(m_triv, m_sign, m_reg)`` with C channels in all.
+
+    Returns:
+        A tensor of the same shape; `x` itself where rho is trivial.
+
+    Raises:
+        ValueError: if `x` does not have C channels, is not 4-d, or has sign-flip fields in a dtype
+            without negative numbers.
+
+    Source: arXiv:2106.06020, Section 5.3.1.
+    """
+    fields = as_fields(fields)
+    check_features(x, fields)
+    return rho_s(x, fields)
+
+
+def cross_cut(x: Tensor, fields: Fields) -> Tensor:
+    """Columns as seen across the cut: flipped across the width, and acted on by rho(s).
+
+    Of a kernel, whose dim 1 is the input, this is K(s.v) rho_in(s)^-1: rho(s) is symmetric and its
+    own inverse.
+    """
+    return rho_s(x.flip(2), fields)
+
+
+def double_cover(x: Tensor, fields: Fields) -> Tensor:
+    """The field twice around the strip, on its double cover ``[x | cross_cut(x)]``, a cylinder."""
+    return torch.cat([x, cross_cut(x, fields)], dim=3)
+
+
+def isometry_action(x: Tensor, shift, fields) -> Tensor:
+    """Move a field `shift` columns to the right; what leaves the strip re-enters reflected.
+
+    A shift by L flips the width and applies rho(s); a shift by 2L is the identity.
+
+    Args:
+        x: feature map ``(N, C, W, L)`` of any dtype and device.
+        shift: any integer, or an integer tensor of shape ``(N,)`` with a shift for each sample.
+        fields: multiplicities ``(m_triv, m_sign, m_reg)`` with C channels in all.
+
+    Returns:
+        A new tensor of the same shape.
+
+    Raises:
+        ValueError: as `gauge_transform`, or if `shift` is not such an integer or tensor.
+
+    Source: arXiv:2106.06020, Section 5, Figure 28.
+    """
+    fields = as_fields(fields)
+    check_features(x, fields)
+    length = x.shape[3]
+    columns = torch.arange(length, device=x.device)
+    cover = double_cover(x, fields)
+    if isinstance(shift, Tensor) and shift.ndim:
+        not_integer = shift.is_floating_point() or shift.is_complex() or shift.dtype == torch.bool
+        if shift.shape != x.shape[:1] or not_integer:
+            raise ValueError(
+                f"shift must be an integer or an integer tensor of shape ({x.shape[0]},), "
+                f"got {shift.dtype} of shape {tuple(shift.shape)}"
+            )
+        # Before the difference, which could overflow.
+        shift = shift.to(x.device, torch.long) % (2 * length)
+        source = (columns - shift[:, None]) % (2 * length)
+        return cover.gather(3, source[:, None, None, :].expand(x.shape))
+    shift = as_integer(shift, "shift") % (2 * length)
+    return cover.index_select(3, (columns - shift) % (2 * length))
+
+
+# --------------------------------------------------------------------------------------------------
+# What layers need: sign-flip channels, and zeros up to rounding
+
+
+def sign_channels(x: Tensor, fields: Fields) -> Tensor:
+    """View of the channels of the sign-flip fields."""
+    return x.narrow(1, fields.triv, fields.sign)
+
+
+def in_sign_channels(values: Tensor, fields: Fields, others: float) -> Tensor:
+    """`values` in the channels of the sign-flip fields, and one number in all others."""
+    return F.pad(values, (0, 0, 0, 0, fields.triv, 2 * fields.reg), value=others)
+
+
+# A convolution can return a few eps where the exact value is 0: an antisymmetric kernel on a blank
+# part of the strip, for example. sign() would turn this noise into features of full size. So
+# values within 64 eps of 0 count as 0, relative to the largest magnitude in the sample's sign-flip
+# fields. Measured on digits: noise is at most 8 eps. All other values exceed 65536 eps in float64;
+# in float32, 1 of 10,000 of them is below 64 eps (results/sign_rounding.json).
+ROUNDING = 64
+
+
+def largest_magnitude(magnitude: Tensor) -> Tensor:
+    """The largest entry of each sample, ``(N, 1, 1, 1)``; no symmetry of the strip changes it.
+
+    It has no gradient, and is neither 0 nor infinite: one divides by it.
+    """
+    limits = torch.finfo(magnitude.dtype)
+    return magnitude.detach().amax(dim=(1, 2, 3), keepdim=True).clamp(limits.tiny, limits.max)
+
+
+def sign_beyond_rounding(x: Tensor, largest: Tensor) -> Tensor:
+    """The sign of values of sign-flip fields; 0 where they are 0 up to rounding.
+
+    For float16 and bfloat16, eps is that of float32: noise that was rounded to half precision is
+    larger, and keeps its sign.
+
+    Args:
+        x: values of sign-flip fields ``(N, C, W, L)``.
+        largest: `largest_magnitude` of each sample, against which rounding is measured.
+    """
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    return F.hardshrink(x.detach() / largest, ROUNDING * eps).sign()
+
+
+def signed_extremum(largest: Tensor, negated_smallest: Tensor) -> Tensor:
+    """Of two values of sign-flip fields that of larger magnitude; 0 if opposite up to rounding."""
+    # maximum(), with a gradient that launches half as many kernels on a GPU.
+    magnitude = torch.where(largest > negated_smallest, largest, negated_smallest)
+    difference = largest - negated_smallest
+    return sign_beyond_rounding(difference, largest_magnitude(magnitude)) * magnitude
+
+
+def sample_norms(x: Tensor) -> Tensor:
+    """L2 norms of the samples, ``(N,)``. Over channels, then over pixels, to round less."""
+    pixels = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.linalg.vector_norm(pixels, dim=(1, 2))
+
+
+# --------------------------------------------------------------------------------------------------
 # Checks
 
 
@@ -142,152 +292,3 @@ def check_input(x: Tensor, fields: Fields) -> None:
     check_features(x, fields)
     if not x.dtype.is_floating_point:
         raise ValueError(f"expected floating point numbers, got {x.dtype}: take x.float()")
-
-
-# --------------------------------------------------------------------------------------------------
-# Functions of each field type
-
-
-def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
-    """Views of the channels of each field type that occurs, in their order."""
-    sizes = {name: m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, fields) if m}
-    return dict(zip(sizes, x.split(list(sizes.values()), dim=1)))
-
-
-def sign_channels(x: Tensor, fields: Fields) -> Tensor:
-    """View of the channels of the sign-flip fields."""
-    return x.narrow(1, fields.triv, fields.sign)
-
-
-def in_sign_channels(values: Tensor, fields: Fields, others: float) -> Tensor:
-    """`values` in the channels of the sign-flip fields, and one number in all others."""
-    return F.pad(values, (0, 0, 0, 0, fields.triv, 2 * fields.reg), value=others)
-
-
-# A convolution can return a few eps where the exact value is 0: an antisymmetric kernel on a blank
-# part of the strip, for example. sign() would turn this noise into features of full size. So
-# values within 64 eps of 0 count as 0, relative to the largest magnitude in the sample's sign-flip
-# fields. Measured on digits: noise is at most 8 eps. All other values exceed 65536 eps in float64;
-# in float32, 1 of 10,000 of them is below 64 eps (results/sign_rounding.json).
-ROUNDING = 64
-
-
-def largest_magnitude(magnitude: Tensor) -> Tensor:
-    """The largest entry of each sample, ``(N, 1, 1, 1)``; no symmetry of the strip changes it.
-
-    It has no gradient, and is neither 0 nor infinite: one divides by it.
-    """
-    limits = torch.finfo(magnitude.dtype)
-    return magnitude.detach().amax(dim=(1, 2, 3), keepdim=True).clamp(limits.tiny, limits.max)
-
-
-def sign_beyond_rounding(x: Tensor, largest: Tensor) -> Tensor:
-    """The sign of values of sign-flip fields; 0 where they are 0 up to rounding.
-
-    For float16 and bfloat16, eps is that of float32: noise that was rounded to half precision is
-    larger, and keeps its sign.
-
-    Args:
-        x: values of sign-flip fields ``(N, C, W, L)``.
-        largest: `largest_magnitude` of each sample, against which rounding is measured.
-    """
-    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    return F.hardshrink(x.detach() / largest, ROUNDING * eps).sign()
-
-
-def signed_extremum(largest: Tensor, negated_smallest: Tensor) -> Tensor:
-    """Of two values of sign-flip fields that of larger magnitude; 0 if opposite up to rounding."""
-    # maximum(), with a gradient that takes half as many kernels.
-    magnitude = torch.where(largest > negated_smallest, largest, negated_smallest)
-    difference = largest - negated_smallest
-    return sign_beyond_rounding(difference, largest_magnitude(magnitude)) * magnitude
-
-
-def sample_norms(x: Tensor) -> Tensor:
-    """L2 norms of the samples, ``(N,)``. Over channels, then over pixels, to round less."""
-    pixels = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.linalg.vector_norm(pixels, dim=(1, 2))
-
-
-# --------------------------------------------------------------------------------------------------
-# Symmetries
-
-
-def rho_s(x: Tensor, fields: Fields) -> Tensor:
-    """The action of s on the channels of `x`."""
-    blocks = split_types(x, fields)
-    if len(blocks) == 1:  # spares a copy
-        return REPRESENTATIONS[next(iter(blocks))].rho_s(x)
-    return torch.cat([REPRESENTATIONS[name].rho_s(block) for name, block in blocks.items()], dim=1)
-
-
-def gauge_transform(x: Tensor, fields) -> Tensor:
-    """Reflect all frames: rho(s) acts on the channels, no pixel moves.
-
-    Args:
-        x: feature map ``(N, C, W, L)`` of any dtype and device.
-        fields: multiplicities ``(m_triv, m_sign, m_reg)`` with C channels in all.
-
-    Returns:
-        A tensor of the same shape; `x` itself where rho is trivial.
-
-    Raises:
-        ValueError: if `x` does not have C channels, is not 4-d, or has sign-flip fields in a dtype
-            without negative numbers.
-
-    Source: arXiv:2106.06020, Section 5.3.1.
-    """
-    fields = as_fields(fields)
-    check_features(x, fields)
-    return rho_s(x, fields)
-
-
-def cross_cut(x: Tensor, fields: Fields) -> Tensor:
-    """Columns as seen across the cut: flipped across the width, and acted on by rho(s).
-
-    For a kernel this is K(s.v) rho_in(s)^-1, as rho(s) is symmetric and its own inverse.
-    """
-    return rho_s(x.flip(2), fields)
-
-
-def double_cover(x: Tensor, fields: Fields) -> Tensor:
-    """The field on the orientable double cover, the cylinder ``[x | cross_cut(x)]``."""
-    return torch.cat([x, cross_cut(x, fields)], dim=3)
-
-
-def isometry_action(x: Tensor, shift, fields) -> Tensor:
-    """Move a field `shift` columns to the right; what leaves the strip re-enters reflected.
-
-    A shift by L flips the width and applies rho(s); a shift by 2L is the identity.
-
-    Args:
-        x: feature map ``(N, C, W, L)`` of any dtype and device.
-        shift: any integer, or an integer tensor of shape ``(N,)`` with a shift for each sample.
-        fields: multiplicities ``(m_triv, m_sign, m_reg)`` with C channels in all.
-
-    Returns:
-        A new tensor of the same shape.
-
-    Raises:
-        ValueError: as `gauge_transform`, or if `shift` is not such an integer or tensor.
-
-    Source: arXiv:2106.06020, Section 5, Figure 28.
-    """
-    fields = as_fields(fields)
-    check_features(x, fields)
-    length = x.shape[3]
-    columns = torch.arange(length, device=x.device)
-    cover = double_cover(x, fields)
-    if isinstance(shift, Tensor) and shift.ndim:
-        not_integer = shift.is_floating_point() or shift.is_complex() or shift.dtype == torch.bool
-        if shift.shape != x.shape[:1] or not_integer:
-            raise ValueError(
-                f"shift must be an integer or an integer tensor of shape ({x.shape[0]},), "
-                f"got {shift.dtype} of shape {tuple(shift.shape)}"
-            )
-        # Before the difference, which could overflow.
-        shift = shift.to(x.device, torch.long) % (2 * length)
-        source = (columns - shift[:, None]) % (2 * length)
-        return cover.gather(3, source[:, None, None, :].expand(x.shape))
-    shift = as_integer(shift, "shift") % (2 * length)
-    return cover.index_select(3, (columns - shift) % (2 * length))

@@ -47,9 +47,9 @@ class MobiusGaugeCNN(nn.Module):
     invariant.
 
     In evaluation, in float32 and float64 and with ``sign_eps=0``, the logits do not change under
-    shifts by multiples of 4 if L is one, and with polyphase pooling under all 2L isometries. In
-    float32, rounding can decide between two grids that fit equally well (see `PolyphasePool`), and
-    whether a sign-flip value is 0 (see `EquivNonlin`).
+    shifts by multiples of 4 if L is a multiple of 4, and with polyphase pooling under all 2L
+    isometries. In float32, rounding can decide between two grids that fit equally well (see
+    `PolyphasePool`), and whether a sign-flip value is 0 (see `EquivNonlin`).
 
     Args:
         kernel_size: odd and positive.
@@ -86,7 +86,7 @@ class MobiusGaugeCNN(nn.Module):
         nonlin = partial(EquivNonlin, sign_eps=sign_eps, **factory)
 
         def nonlin_pool(fields):
-            """Pool first where maximum and nonlinearity commute: a quarter of the values."""
+            """Pool first where that is the same, as with ELU, which is monotonic: it is faster."""
             layers = nonlin(fields), POOLINGS[pooling](fields)
             return layers if fields.sign else layers[::-1]
 

@@ -99,37 +99,38 @@ def pad_columns(x: Tensor, pad: int, fields: Fields) -> Tensor:
 # Steerable kernels (Section 5.3.3, Table 3): K(s.v) = rho_out(s) K(v) rho_in(s)^-1, where s.v flips
 # the kernel's width axis (dim 2). For a regular output field this gives the second channel, K₂(v) =
 # K₁(s.v) rho_in(s), and leaves the first one, K₁, free. For the others it ties the upper rows of
-# the kernel to the lower ones, or the two channels of an input field. The stored values, and how
-# the rest follows:
+# the kernel to the lower ones, or the two channels of an input field. The parameters are the free
+# values; each function completes them:
 
 
 def _free(first: Tensor) -> Tensor:
-    """Stored is the part K₁ that maps to the first channel of the output field."""
+    """The parameters are K₁, the kernel of the first channel of the output field."""
     return first
 
 
 def _symmetric(upper: Tensor) -> Tensor:
-    """K(s.v) = K(v): stored are the upper rows and the centre row."""
+    """K(s.v) = K(v): the parameters are the upper rows and the centre row."""
     return torch.cat([upper, upper.narrow(2, 0, upper.shape[2] - 1).flip(2)], dim=2)
 
 
 def _antisymmetric(upper: Tensor) -> Tensor:
-    """K(s.v) = -K(v): stored are the upper rows; the centre row is its own negative, thus zero."""
+    """K(s.v) = -K(v): the parameters are the upper rows; the centre row is its own negative: 0."""
     o, i, _, k = upper.shape
     return torch.cat([upper, upper.new_zeros(o, i, 1, k), -upper.flip(2)], dim=2)
 
 
 def _from_regular(first: Tensor, sign: int) -> Tensor:
-    """Stored is what reads the first channel of the input field; its flip, ±, reads the second."""
+    """The parameters are the kernel of the first input channel. Flipped, times `sign`, it is that
+    of the second."""
     return interleave(first, sign * first.flip(2), dim=1)
 
 
 class SteerableBlock(NamedTuple):
-    """The block of the kernel that maps between two field types. What is stored of it:
+    """The parameters of the kernels between two field types.
 
-    channels: input channels, for each input field.
-    rows: rows across the width, of k.
-    complete: from the stored values to all that maps to first channels of output fields.
+    channels: how many input channels they have, for each input field.
+    rows: how many rows across the width they have, of k.
+    complete: from the parameters to the kernels of the first channel of each output field.
     """
 
     channels: int
@@ -152,10 +153,10 @@ STEERABLE_BLOCKS = {
 
 
 def steerable_kernel(weights: dict[str, Tensor], in_fields: Fields, out_fields: Fields) -> Tensor:
-    """The kernel ``(C_out, C_in, k, k)`` from its stored values.
+    """The kernel ``(C_out, C_in, k, k)`` from its parameters.
 
     Args:
-        weights: the stored values, under the names of `MobiusConv`.
+        weights: the parameters, under the names of `MobiusConv`.
         in_fields, out_fields: multiplicities.
     """
     out_types = [name for name, o in zip(REPRESENTATIONS, out_fields) if o]
@@ -188,11 +189,7 @@ def invariant_bias(biases: dict[str, Tensor], out_fields: Fields) -> Tensor:
 def strip_conv(
     x: Tensor, kernel: Tensor, bias: Tensor | None, in_fields: Fields, out_fields: Fields
 ) -> Tensor:
-    """Convolution on the strip by a steerable kernel ``(C_out, C_in, k, k)``.
-
-    The formula is that of any kernel. The twin relies on steerability: it reads one of two kernel
-    entries that are tied, and only that one gets a gradient. Gradients of free parameters agree.
-    """
+    """Convolution on the strip by a steerable kernel ``(C_out, C_in, k, k)``."""
     pad = kernel.shape[3] // 2
     return F.conv2d(pad_columns(x, pad, in_fields), kernel, bias, padding=(pad, 0))
 
@@ -203,9 +200,10 @@ class MobiusConv(nn.Module):
     It expands a steerable kernel, K(s.v) = rho_out(s) K(v) rho_in(s)^-1, from free parameters, pads
     the input by parallel transport and convolves.
 
-    The layer commutes with `isometry_action`. Gauge equivariance says that in reflected frames,
-    where v reads s.v, the same map has the kernel K(s.v): convolving gauge_transform(x) with
-    K.flip(2) gives gauge_transform(y). (The layer does not commute with `gauge_transform` alone.)
+    The layer commutes with `isometry_action`. Gauge equivariance says that it works alike in every
+    frame. In reflected frames the kernel lies on the pixels as K(s.v): convolving
+    gauge_transform(x) with K.flip(2) gives gauge_transform(y). (The layer does not commute with
+    `gauge_transform`, which leaves the kernel as it is.)
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)`` of the input.
@@ -276,21 +274,22 @@ class MobiusConv(nn.Module):
     def expand(self) -> tuple[Tensor, Tensor | None]:
         """The steerable kernel ``(C_out, C_in, k, k)``; the bias ``(C_out,)``, None if it is zero.
 
-        While no gradient is recorded, the result is kept: do not change it in place.
+        They are `steerable_kernel` and `invariant_bias` of the parameters, as `_find_entries` has
+        found them. While no gradient is recorded, the result is kept: do not change it in place.
         """
-        stored = [getattr(self, name).flatten() for name in self.parameter_names]
-        stored = torch.cat([stored[0].new_zeros(1), *stored])
-        entries = stored.index_select(0, self._source) * self._sign
+        values = [getattr(self, name).flatten() for name in self.parameter_names]
+        values = torch.cat([values[0].new_zeros(1), *values])
+        entries = values.index_select(0, self._source) * self._sign
         c_out, c_in, k = self.out_fields.channels, self.in_fields.channels, self.kernel_size
         kernel, bias = entries.split([c_out * c_in * k**2, c_out])
         return kernel.view(c_out, c_in, k, k), bias if self.has_bias else None
 
     def _find_entries(self) -> None:
-        """Find which stored value each entry of the kernel and the bias is, and with which sign.
+        """Find which parameter each entry of the kernel and the bias is, and with which sign.
 
-        Labels in place of the stored values tell: 1, 2, ... for these, 0 for an entry that is zero.
-        One gather then expands the kernel, where the table above takes up to 25 operations, each of
-        which is a launch on a GPU.
+        `steerable_kernel` of the numbers 1, 2, ... in place of the parameters says it: an entry
+        -7 is minus the seventh, 0 is zero. `expand` then only looks them up, in one operation where
+        `steerable_kernel` takes up to 25, each of which is a launch on a GPU.
 
         The result is no buffer: averages of weights would average it, and DDP would send it round.
         """
@@ -343,12 +342,12 @@ def _odd_kernel_size(kernel_size) -> int:
 
 @accelerated(by=fast.equiv_elu)
 def equiv_elu(x: Tensor, b: Tensor, fields: Fields) -> Tensor:
-    """s ELU(s x + b). In sign-flip fields s = sign(x), in all others s = 1 and b = 0."""
+    """σ ELU(σ x + b). In sign-flip fields σ = sign(x), in all others σ = 1 and b = 0."""
     x_sign = sign_channels(x, fields)
     sign = sign_beyond_rounding(x_sign, largest_magnitude(x_sign.abs()))
-    s = in_sign_channels(sign, fields, others=1)
+    sigma = in_sign_channels(sign, fields, others=1)
     b = in_sign_channels(b.to(x.dtype), fields, others=0)  # under autocast, x decides
-    return s * F.elu(s * x + b)
+    return sigma * F.elu(sigma * x + b)
 
 
 def smoothed_equiv_elu(x: Tensor, b: Tensor, fields: Fields, sign_eps: float) -> Tensor:
@@ -369,8 +368,9 @@ class EquivNonlin(nn.Module):
     fields: sign(x) ELU(|x| + b) with a learnable b for each field, which commutes with a change of
     sign. sign(x) is 0 where |x| is within rounding of 0: at most 64 eps of the sample's largest
     magnitude in these fields (eps of float32 in half precision, where noise can be larger: evaluate
-    in float32). Such values become 0 and get no gradient; all others are unchanged at b = 0, where
-    training begins. If all values of a sample's sign-flip fields are noise, it is not recognised.
+    in float32). Such values become 0 and get no gradient. All others are unchanged at b = 0, where
+    training begins, since ELU(y) = y for y > 0. If all values of a sample's sign-flip fields are
+    noise, this noise is not recognised.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.

@@ -2,8 +2,8 @@
 
 Pooling windows of two columns begin at the even columns. A shift by one column pairs other columns,
 so that pooling is equivariant under even shifts only. Here each sample chooses: let p be 0 or 1,
-whichever gives pooled fields of the larger norm; shift by -p, then pool. No isometry and no gauge
-transformation changes the norms, so the chosen grid moves with the sample.
+whichever gives pooled fields of the larger norm; shift by -p, then pool. A shift by one column
+exchanges the two grids and their norms, so that the same windows win.
 
 Source: adaptive polyphase sampling, Chaman and Dokmanić, CVPR 2021, arXiv:2011.14214; a relative is
 Xu et al., *Group Equivariant Subsampling*, NeurIPS 2021, arXiv:2106.05886.

@@ -244,13 +244,16 @@ def gauge_transformation(x: Tensor, fields) -> Figure:
 def transport_padding(x: Tensor, fields, pad: int) -> Figure:
     """The channels of a feature map ``(1, C, W, L)`` with transport padding.
 
-    Solid frames show the columns padded over the cut, dashed frames the columns they come from.
-    Above and below are zeros.
+    Solid boxes show the columns padded over the cut, dashed boxes with the same letter where they
+    come from. A gap of one column is left between the padding and the strip. Above and below are
+    zeros.
     """
     fields = Fields(*fields)
     types, largest = channel_types(fields), _largest_of_types(x, fields)
     width, length = x.shape[2:]
-    padded = transport_pad(x, pad, fields)[0]
+    before, strip, after = transport_pad(x, pad, fields)[0].split([pad, length, pad], dim=2)
+    gap = torch.full_like(before[:, :, :1], math.nan)
+    padded = torch.cat([before, gap, strip, gap, after], dim=2)
     figure = Figure(figsize=(2 * len(types), 2.5), layout="constrained")
     titles, texts = _channels(fields, CHANNEL_NAMES), _channels(fields, OVER_THE_CUT)
     axes = figure.subplots(1, len(types))
@@ -259,16 +262,20 @@ def transport_padding(x: Tensor, fields, pad: int) -> Figure:
         _show(ax, image, largest[name])
         ax.spines[:].set_visible(False)
         edge = -0.5
-        for left in (edge, edge + pad + length):
+        ends = edge + pad + 1, edge + 1 + length  # the first and the last columns of the strip
+        solid, dashed = {"linewidth": 1.8}, {"linewidth": 1.2, "linestyle": (0, (2, 1.5))}
+        for left, letter, line in (
+            (edge, "A", solid), (ends[0], "B", dashed),
+            (ends[1], "A", dashed), (ends[1] + pad + 1, "B", solid),
+        ):
             ax.add_patch(Rectangle((left, edge + pad), pad, width, fill=False, edgecolor=colour,
-                                   linewidth=1.8))
-        for left in (edge + pad, edge + length):
-            ax.add_patch(Rectangle((left, edge + pad), pad, width, fill=False, edgecolor=colour,
-                                   linewidth=1.2, linestyle=(0, (2, 1.5))))
+                                   **line))
+            ax.text(left + pad / 2, edge + pad / 2, letter, color=colour, fontsize=7,
+                    weight="bold", ha="center", va="center")
         for row in (edge + pad, edge + pad + width):
-            ax.plot([edge, edge + length + 2 * pad], [row, row], color=GREY, linewidth=0.8)
+            ax.plot([ends[0], ends[1] + pad], [row, row], color=GREY, linewidth=0.8)
         ax.set_title(title, fontsize=9)
-        ax.set_xlabel(text, fontsize=9)
+        ax.set_xlabel(f"padding: {text}", fontsize=9)
     return figure
 
 
@@ -282,7 +289,7 @@ CONSTRAINTS = {
     ("sign", "reg"): [["K", "−flip K"]],
     ("reg", "triv"): [["K"], ["flip K"]],
     ("reg", "sign"): [["K"], ["−flip K"]],
-    ("reg", "reg"): [["K", "M"], ["flip M", "flip K"]],
+    ("reg", "reg"): [["K", "flip M"], ["M", "flip K"]],
 }
 
 
@@ -307,9 +314,12 @@ def steerable_kernels(conv: MobiusConv) -> Figure:
             texts = CONSTRAINTS[name_in, name_out]
             texts = texts[row % len(texts)]
             axes.set_title(texts[column % len(texts)], fontsize=10, pad=4)
-            if row == column == 0:
-                axes.set_title(f"{TYPES[name_in]} → {TYPES[name_out]}\n", loc="left", fontsize=9,
-                               weight="bold", pad=4)
+    names = {name: [text.replace(" channel", "") for text in texts]
+             for name, texts in CHANNEL_NAMES.items()}
+    for axes, name in zip(grid[0], _channels(conv.out_fields, names)):
+        axes.set_title(f"to {name}\n", loc="left", fontsize=9, weight="bold")
+    for axes, name in zip(grid[:, 0], _channels(conv.in_fields, names)):
+        axes.set_ylabel(f"from {name}", fontsize=9, weight="bold")
     return figure
 
 

@@ -18,7 +18,7 @@ import visualize
 from models import MODELS, POOLINGS, MobiusGaugeCNN, build_model, count_parameters
 from study.runs import Study
 from study.shifts import consistency, read_error_against_shift
-from study.table import PAPER_RUNS, Cell
+from study.table import PAPER_RUNS, Cell, largest_cells
 from training.files import say, write_atomically
 from training.options import PRECISIONS, TRAIN_MODES
 
@@ -60,16 +60,14 @@ def recipe_cell(recipe: str, version: str) -> Cell:
 
 
 def table5() -> str:
-    """Of each cell, the precision with more runs."""
+    """A row for each model."""
     rows = []
     for model in MODELS:
-        rows.append([f"`{model}`"])
-        for mode in TRAIN_MODES:
-            cells = [cell(model, mode, "shifted", precision) for precision in ("bf16", "fp32")]
-            best = max(cells, key=lambda cell: cell.n)
-            mark = " †" if best.n and best.config.precision == "fp32" else ""
-            paper = str(best.paper or "")
-            rows[-1] += [f"{best}{mark}", paper]
+        cells = largest_cells(model, "shifted", reproduce.PAPER)
+        marks = "†" * (cells[0].config.precision == "fp32")
+        marks += "‡" * (cells[0].config.sign_eps > 0)
+        rows.append([f"`{model}` {marks}".strip()])
+        rows[-1] += [text for cell in cells for text in (str(cell), str(cell.paper or ""))]
     return markdown(["model", "trained on centered", "paper", "trained on shifted", "paper"], rows)
 
 

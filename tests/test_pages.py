@@ -69,6 +69,10 @@ class TestPages(FilesCase):
             if (row["model"], row["precision"]) == ("mobius_regular", "fp32")
         ]
         curves = pages.read("gradient_norms.json")["curves"]
+        confused = {
+            name: (10000 - sum(rows[i][i] for i in range(10)), rows[2][5] + rows[5][2])
+            for name, rows in pages.read("confusions.json")["confusions"].items()
+        }
         for text, figure in [
             (README, f"{regular['paper'].mean:.1f} % test error"),
             (README, f"conventional CNN has {cnn.mean:.0f} %"),
@@ -77,6 +81,10 @@ class TestPages(FilesCase):
             *((README, f"{cell.mean:.2f} ± {cell.std:.2f} % ({cell.n} runs)")
               for cell in regular.values()),
             (README, f"takes {step:.2f} times as long"),
+            (self.page("results"), "{1} times among its {0} errors on centered digits".format(
+                *confused["mobius_regular"]
+            )),
+            (self.page("results"), f"the CNN never among its {confused['cnn_same_channels'][0]}"),
             (self.page("results"), "its maximum " + " and ".join(
                 f"{max(curve['norms']):.3g}" for curve in curves
             )),

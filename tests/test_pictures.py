@@ -100,14 +100,20 @@ class TestPictures(Case):
             c = channels(fields)
             self.assertShows(figures.gauge_transformation(x, fields), [*x[0], *act(fields, x)[0]])
             figure = figures.transport_padding(x, fields, pad=2)
-            self.assertShows(figure, F.pad(reference_cover(x, fields, -2, 10), (0, 0, 2, 2))[0])
+            padded = F.pad(reference_cover(x, fields, -2, 10), (0, 0, 2, 2))[0]
+            shown = torch.stack(self.images(figure))
+            self.assertTrue(shown[:, :, (2, 11)].isnan().all())  # the gaps
+            strip = [i for i in range(14) if i not in (2, 11)]
+            self.assertTrue(torch.equal(shown[:, :, strip], padded.to(shown.dtype)))
             types = ["triv"] * fields[0] + ["sign"] * fields[1] + ["reg"] * 2 * fields[2]
             for axes, name in zip(figure.axes, types, strict=True):
                 frames = [patch for patch in axes.patches if not patch.get_fill()]
                 places = [(frame.get_x() + 0.5, frame.get_y() + 0.5, frame.get_width(),
                            frame.get_height()) for frame in frames]
-                # What was padded on both sides, and the columns of the strip from which it came.
-                self.assertEqual(places, [(0, 2, 2, 6), (10, 2, 2, 6), (2, 2, 2, 6), (8, 2, 2, 6)])
+                # What was padded on the left, the columns of the strip from which the other one
+                # came, those from which this one came, and what was padded on the right.
+                self.assertEqual(places, [(0, 2, 2, 6), (3, 2, 2, 6), (9, 2, 2, 6), (12, 2, 2, 6)])
+                self.assertEqual([text.get_text() for text in axes.texts], ["A", "B", "A", "B"])
                 self.assertEqual(
                     {matplotlib.colors.to_hex(frame.get_edgecolor()).upper()
                      for frame in frames}, {figures.TYPE_COLOURS[name]})
@@ -122,7 +128,8 @@ class TestPictures(Case):
         ], ["as it was", "negated", "was the 2nd", "was the 1st"])
         self.assertEqual(
             [axes.get_xlabel() for axes in figures.transport_padding(x, (1, 1, 1), 2).axes],
-            ["flipped", "flipped and negated", "flipped 2nd channel", "flipped 1st channel"])
+            [f"padding: {text}" for text in ("flipped", "flipped and negated",
+                                                  "flipped 2nd channel", "flipped 1st channel")])
 
     def test_kernels(self):
         """Each block of the table has the symmetry that stands above its kernels."""
@@ -145,13 +152,14 @@ class TestPictures(Case):
         self.assertEqual([axes.get_title() for axes in figure.axes], [
             "symmetric", "antisymmetric", "K", "flip K",
             "antisymmetric", "symmetric", "K", "−flip K",
-            "K", "K", "K", "M",
-            "flip K", "−flip K", "flip M", "flip K",
+            "K", "K", "K", "flip M",
+            "flip K", "−flip K", "M", "flip K",
         ])
-        types = ("scalar", "sign-flip", "regular")
-        self.assertEqual([axes.get_title("left").strip() for axes in figure.axes
-                          if axes.get_title("left")],
-                         [f"{before} → {after}" for before in types for after in types])
+        names = ["scalar", "sign-flip", "regular, 1st", "regular, 2nd"]
+        self.assertEqual([axes.get_title("left").strip() for axes in figure.axes[:4]],
+                         [f"to {name}" for name in names])
+        self.assertEqual([axes.get_ylabel() for axes in figure.axes[::4]],
+                         [f"from {name}" for name in names])
         # From one type to one, all fields of it.
         conv = MobiusConv((0, 0, 2), (2, 0, 0), 3)
         self.assertShows(figures.steerable_kernels(conv),

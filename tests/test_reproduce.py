@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import convert_mnist
+import fast
 import reproduce
 import train
 from models import MODELS
@@ -505,7 +506,8 @@ class TestReproduce(RunsCase):
         self.assertIn("Missing: 4 of 12 runs\n- mobius_regular trained on centered: seeds 1-3, 5",
                       text)
         # Two runs that happen to agree prove nothing.
-        self.assertRegex(text, r"mobius_regular +centered +3.00 ± 2.83 \(2\) +1.23 ± 0.07  {30,}3.00")
+        self.assertRegex(
+            text, r"mobius_regular +centered +3.00 ± 2.83 \(2\) +1.23 ± 0.07  {30,}3.00")
         self.assertIn("Cells of fewer than 5 runs are not compared", text)
         # The remark names results that are not shown.
         self.assertNotIn("other settings", text)
@@ -518,7 +520,8 @@ class TestReproduce(RunsCase):
                          r"mobius_regular +centered +5.00 \(1\) +1.23 ± 0.07")
         for path in self.results().values():
             path.unlink()
-        self.assertRegex(self.main(reproduce, *options), r"mobius_regular +centered +- +1.23 ± 0.07")
+        self.assertRegex(self.main(reproduce, *options),
+                         r"mobius_regular +centered +- +1.23 ± 0.07")
         text = self.main(reproduce, *self.options("--table", "--dataset", "digits")[2:])
         self.assertNotIn("1.23", text)
 
@@ -566,9 +569,17 @@ class TestReproduce(RunsCase):
             ["mobius_regular", "3.20 ± 0.16 (5)"],
         ])
         self.assertNotIn("Missing", text)  # those of other settings are not
+        both = self.main(reproduce, *self.options(*asked, "--train_modes", "centered", "shifted",
+                                                  "--table"))
+        rows = [re.split("  +", line)[:2] for line in both.splitlines()
+                if line.startswith("mobius")]
+        self.assertEqual([mode for name, mode in rows if name == "mobius_signflip"],
+                         ["centered", "shifted"])
+        self.assertEqual([mode for name, mode in rows if "sign_eps 1e-08" in name],
+                         ["centered"] * 2)  # a cell without runs is left out
         markdown = self.main(reproduce, *self.options(*asked, "--table", "markdown"))
-        self.assertIn("| `mobius_signflip, sign_eps 1e-08` | centered | 6.20 ± 0.16 (5) | 4.89 ± 0.36 |",
-                      markdown)
+        self.assertIn("| `mobius_signflip, sign_eps 1e-08` | centered | 6.20 ± 0.16 (5) | "
+                      "4.89 ± 0.36 |", markdown)
         file = io.StringIO(self.main(reproduce, *self.options(*asked, "--table", "csv")))
         shown = [[row[name] for name in ("model", "settings", "n", "missing")]
                  for row in csv.DictReader(file) if row["test_digits"] == "shifted"]
@@ -597,7 +608,9 @@ class TestReproduce(RunsCase):
         self.assertFails(reproduce.main, *options, "--error_against_shift",
                          contains=["mobius_regular-centered-seed0", "trains it"])
         self.main(reproduce, *options)
-        self.main(reproduce, *options, "--error_against_shift")
+        with mock.patch("fast.disabled", wraps=fast.disabled) as disabled:
+            self.main(reproduce, *options, "--error_against_shift")
+        disabled.assert_called_once()
         path = self.folder / "results" / "error_against_shift.json"
         content = json.loads(path.read_text())
         self.assertEqual(content["shifts"], list(range(56)))
