@@ -8,6 +8,8 @@ docs/layers.md says of many layers whether they are equivariant, and why.
 Source: arXiv:2106.06020, Section 5, Figure 28 (isometries), Section 5.3.1 (gauge transformations).
 """
 
+import copy
+import math
 from functools import partial
 from itertools import chain
 from typing import Callable, NamedTuple
@@ -31,53 +33,58 @@ TYPE_NAMES = {"triv": "trivial fields", "sign": "sign-flip fields", "reg": "regu
 
 def equivariance_error(
     module: Callable, in_fields, out_fields, *,
-    size: tuple[int, int] = (12, 16), stride: int = 1, pointwise: bool = False,
+    size: tuple[int, int] = (12, 16), step: int = 1, pointwise: bool = False,
+    randomize: bool = False,
 ) -> float:
     """How far a module is from commuting with the isometries of the strip.
 
     The largest difference between the output for a transformed input and the transformed output,
     relative to the largest output. It is a few eps of the dtype for an equivariant layer, and NaN
     if an output is. The inputs are noise, and strokes on a blank strip. Rounding noise is added
-    to each, as preceding layers would do: a layer that depends on its sign is not equivariant.
+    to each, as from preceding layers: a layer that depends on the sign of this noise fails.
 
     The module is called as it is: with its device, dtype (of its first parameter or buffer) and
     mode (training or evaluation). Nothing changes in it, nor in the random state: batch statistics
-    are not updated, and dropout draws the same in each call. Biases that are 0, and statistics and
-    scales that are equal, hide faults: set them to random values first.
+    are not updated, and dropout draws the same in each call.
 
     Args:
         module: from ``(N, C_in, W, L)`` to the output; any function will do. If it has no
             parameters and no buffers, the input is float64 on the CPU.
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)`` of the input.
-        out_fields: multiplicities of the output, ``(N, C_out, W', L / stride)``; None for an
-            output that should not change, such as logits.
+        out_fields: multiplicities of the output ``(N, C_out, W', L')``; None for an output that
+            should not change, such as logits.
         size: W and L of the input.
-        stride: of the module along the strip. Shifts are the multiples of it, 0 to 2L - 1, and the
-            output moves by shift / stride. For an invariant output, only which shifts to try.
+        step: the shifts are 0, step, 2 step, ... below 2L. The output should move by shift * L' / L
+            columns. For a module that pools once, only even shifts can pass: take step 2.
         pointwise: try a gauge transformation too, for layers that commute with `gauge_transform`:
-            pooling, nonlinearities, normalisations. A convolution by k > 1 does not, since
-            reflected frames reflect its kernel too (see `MobiusConv`).
+            pooling, nonlinearities, normalisations. A convolution by k > 1 does not, unless all
+            fields are trivial: reflected frames reflect its kernel too (see `MobiusConv`).
+        randomize: add N(0, 0.04) to all parameters and statistics, in a copy of the module. The
+            values that a new module has hide faults: biases are 0, scales and statistics are equal.
 
     Raises:
-        ValueError: for an argument that is not allowed, or an output that is not as `out_fields`
-            and `stride` say.
+        ValueError: for an argument that is not allowed, or an output that does not have the
+            channels of `out_fields` or a length to which `step` fits.
     """
-    return _worst(module, in_fields, out_fields, size, stride, pointwise).error
+    return _worst(module, in_fields, out_fields, size, step, pointwise, randomize).error
 
 
 def assert_equivariant(
     module: Callable, in_fields, out_fields, tolerance: float = 1e-4, *,
-    size: tuple[int, int] = (12, 16), stride: int = 1, pointwise: bool = False,
+    size: tuple[int, int] = (12, 16), step: int = 1, pointwise: bool = False,
+    randomize: bool = False,
 ) -> None:
-    """Raise AssertionError if `equivariance_error` exceeds `tolerance`, with where it is largest.
+    """Raise AssertionError if `equivariance_error` exceeds `tolerance`.
 
-    A shift by 0 columns stands for rounding alone. In float64 (``copy.deepcopy(module).double()``)
-    even a deep network stays below 1e-9.
+    The message names the transformation and the field type of the output for which it is largest.
+    If that is a shift by 0, the module amplifies rounding errors. To find the layer of a network
+    that is at fault, cut the network off after each layer in turn. In float64
+    (``copy.deepcopy(module).double()``) even a deep network stays below 1e-9.
     """
-    worst = _worst(module, in_fields, out_fields, size, stride, pointwise)
+    worst = _worst(module, in_fields, out_fields, size, step, pointwise, randomize)
     if not worst.error <= tolerance:
         raise AssertionError(
-            f"not equivariant: under a {worst.transformation}, its {worst.part} are off by "
+            f"not equivariant: under a {worst.transformation}, the output's {worst.part} are off by "
             f"{worst.error:.2g} of the largest output (tolerance {tolerance:g})"
         )
 
@@ -88,12 +95,14 @@ class Difference(NamedTuple):
     part: str
 
 
-def _worst(module, in_fields, out_fields, size, stride, pointwise) -> Difference:
+def _worst(module, in_fields, out_fields, size, step, pointwise, randomize) -> Difference:
     in_fields = as_fields(in_fields, "in_fields")
     width, length = _as_size(size)
-    stride = as_integer(stride, "stride")
-    if stride < 1 or length % stride:
-        raise ValueError(f"stride must be a divisor of the length L = {length}, got {stride}")
+    step = as_integer(step, "step")
+    if step < 1:
+        raise ValueError(f"step must be at least 1, got {step}")
+    if randomize:
+        module = _randomized(module)
     call = partial(_call, module)
     x = sample_input(in_fields, width, length).to(**_factory(module))
     y = call(_rounded(x, 0))
@@ -101,16 +110,17 @@ def _worst(module, in_fields, out_fields, size, stride, pointwise) -> Difference
     if out_fields is not None:
         out_fields = as_fields(out_fields, "out_fields")
         check_features(y, out_fields)
-        if stride * y.shape[3] != length:
+        if step * y.shape[3] % length:
             raise ValueError(
-                f"an input of length {length} should give an output of length {length // stride} "
-                f"with stride {stride}, got shape {tuple(y.shape)}"
+                f"if an input of length {length} moves by {step}, an output of length {y.shape[3]} "
+                f"cannot move by {step * y.shape[3]}/{length} columns: take step "
+                f"{length // math.gcd(length, y.shape[3])}, or a size of another length"
             )
 
     transformed = [
-        (f"shift by {t} columns", isometry_action(x, t, in_fields),
-         partial(isometry_action, shift=t // stride, fields=out_fields))
-        for t in range(0, 2 * length, stride)
+        (f"shift by {t}", isometry_action(x, t, in_fields),
+         partial(isometry_action, shift=t * y.shape[-1] // length, fields=out_fields))
+        for t in range(0, 2 * length, step)
     ]
     if pointwise:
         act = partial(gauge_transform, fields=out_fields)
@@ -119,7 +129,7 @@ def _worst(module, in_fields, out_fields, size, stride, pointwise) -> Difference
     for seed, (name, transformed_x, act) in enumerate(transformed, start=1):
         output = call(_rounded(transformed_x, seed))
         if out_fields is None:
-            parts = {"invariant outputs": output - y}
+            parts = {"logits": output - y}
         else:
             parts = split_types(output - act(y), out_fields)
         differences += [
@@ -138,6 +148,18 @@ def _as_size(size) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise ValueError(f"size must be two positive integers (W, L), got {size!r}") from None
     return width, length
+
+
+def _randomized(module: Callable) -> Callable:
+    module = copy.deepcopy(module)
+    if isinstance(module, nn.Module):
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for value in chain(module.parameters(), module.buffers()):
+                if value.is_floating_point():
+                    noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+                    value += 0.2 * noise.to(value.device)
+    return module
 
 
 def _call(module: Callable, x: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ class Representation(NamedTuple):
 
     dim:   channels of one field.
     rho_s: the action of s on dim 1 of a tensor of such fields.
-    invariant_bias: from one number for each field to a bias that rho(s) does not change; None if
-        only b = 0 is such a bias.
+    invariant_bias: from one number for each field to a bias with rho(s) b = b; None if only b = 0
+        is such a bias.
     """
 
     dim: int

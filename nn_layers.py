@@ -198,7 +198,7 @@ class MobiusConv(nn.Module):
     """Convolution on the Möbius strip, equivariant under isometries and gauge transformations.
 
     It expands a steerable kernel, K(s.v) = rho_out(s) K(v) rho_in(s)^-1, from free parameters, pads
-    the input by parallel transport and convolves.
+    the input by parallel transport and convolves. The output has the size of the input.
 
     The layer commutes with `isometry_action`. Gauge equivariance says that it works alike in every
     frame. In reflected frames the kernel lies on the pixels as K(s.v): convolving
@@ -368,9 +368,9 @@ class EquivNonlin(nn.Module):
     fields: sign(x) ELU(|x| + b) with a learnable b for each field, which commutes with a change of
     sign. sign(x) is 0 where |x| is within rounding of 0: at most 64 eps of the sample's largest
     magnitude in these fields (eps of float32 in half precision, where noise can be larger: evaluate
-    in float32). Such values become 0 and get no gradient. All others are unchanged at b = 0, where
-    training begins, since ELU(y) = y for y > 0. If all values of a sample's sign-flip fields are
-    noise, this noise is not recognised.
+    in float32). Such values become 0 and get no gradient. b starts at 0: then all other values of
+    sign-flip fields are unchanged, since ELU(y) = y for y > 0. If all values of a sample's
+    sign-flip fields are rounding noise, they are not recognised as noise.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.
@@ -478,9 +478,9 @@ class MobiusPool(nn.Module):
     """2 x 2 max pooling with stride 2 that respects the field types and continues across the cut.
 
     Trivial and regular fields: the maximum. Sign-flip fields: the entry of largest magnitude, with
-    its sign. It is 0 where the largest and the smallest entry of a window add up to less than 64
-    eps of the sample's largest magnitude in these fields: of +a and -a, no other value is
-    equivariant (the published code has +a).
+    its sign. If a window holds +a and -a, up to 64 eps of the sample's largest magnitude in these
+    fields, it is 0, the only equivariant value: a change of sign exchanges the two. (The published
+    code has +a.)
 
     If L is odd, the last window takes its second column from across the cut. If W is odd, it pools
     twice, with windows aligned to the top and to the bottom edge and the row left over in a window

@@ -643,7 +643,7 @@ class TestMobiusPool(Case):
     def test_equivariance(self):
         for fields, size in itertools.product(FIELDS, [(6, 8), (7, 8), (4, 6), (5, 2)]):
             assert_equivariant(
-                MobiusPool(fields), fields, fields, EXACT, size=size, stride=2, pointwise=True)
+                MobiusPool(fields), fields, fields, EXACT, size=size, step=2, pointwise=True)
         for fields, size in itertools.product(FIELDS, [(6, 7), (5, 5)]):
             for x in (features(fields, *size), on_blank_strip(fields, *size)):
                 reflected = MobiusPool(fields)(rounded(gauge_transform(x, fields)))
@@ -651,10 +651,10 @@ class TestMobiusPool(Case):
 
     def test_plain_pooling_is_not_equivariant(self):
         # The maximum of a sign-flip field is not odd.
-        self.assertGreater(equivariance_error(nn.MaxPool2d(2), *[(0, 2, 0)] * 2, stride=2), 0.1)
+        self.assertGreater(equivariance_error(nn.MaxPool2d(2), *[(0, 2, 0)] * 2, step=2), 0.1)
         # The windows are not those of the reflected strip.
         pool = nn.MaxPool2d(2, ceil_mode=True)
-        error = equivariance_error(pool, *[(1, 0, 0)] * 2, size=(7, 8), stride=2)
+        error = equivariance_error(pool, *[(1, 0, 0)] * 2, size=(7, 8), step=2)
         self.assertGreater(error, 0.1)
 
     def test_dtypes(self):

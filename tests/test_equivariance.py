@@ -45,15 +45,15 @@ class TestEquivarianceError(Case):
             norm = randomized(nn.BatchNorm2d(16, dtype=DOUBLE)).train(mode)
             self.assertGreater(equivariance_error(norm, MIXED, MIXED), 0.5)
         self.assertGreater(
-            equivariance_error(lambda x: x[:, :, ::2, ::2], MIXED, MIXED, stride=2), 1)
-        self.assertGreater(equivariance_error(nn.MaxPool2d(2), MIXED, MIXED, stride=2), 1)
+            equivariance_error(lambda x: x[:, :, ::2, ::2], MIXED, MIXED, step=2), 1)
+        self.assertGreater(equivariance_error(nn.MaxPool2d(2), MIXED, MIXED, step=2), 1)
         # ELU(x) + ELU(-x) = x - 1 + exp(-x) is up to 3 here, but always below ELU(x) = x.
         self.assertGreater(equivariance_error(nn.ELU(), MIXED, MIXED), 0.5)
         # A sample's mean: it is larger for strokes on a blank strip than for noise (about 0.01).
         self.assertGreater(
             equivariance_error(nn.GroupNorm(1, 16, dtype=DOUBLE), MIXED, MIXED), 0.04)
         pool = nn.AvgPool2d(2)
-        self.assertLess(equivariance_error(pool, MIXED, MIXED, stride=2, pointwise=True), 1e-14)
+        self.assertLess(equivariance_error(pool, MIXED, MIXED, step=2, pointwise=True), 1e-14)
 
     def test_definition(self):
         """Against columns and matrices written out."""
@@ -71,32 +71,59 @@ class TestEquivarianceError(Case):
                 differences.append(conv(act(fields, x)) - act(fields, y))
             expected = max(d.abs().max().item() for d in differences) / y.abs().max().item()
             error = equivariance_error(
-                conv, fields, fields, size=(width, length), stride=stride, pointwise=pointwise)
+                conv, fields, fields, size=(width, length), step=stride, pointwise=pointwise)
             self.assertAlmostEqual(error, expected, delta=1e-12)
             outputs = conv(torch.cat([reference_cover(x, fields, -t, length - t)
                                       for t in range(0, 2 * length, stride)])).unflatten(0, (-1, 3))
             expected = (outputs - y).abs().max().item() / y.abs().max().item()
-            error = equivariance_error(conv, fields, None, size=(width, length), stride=stride)
+            error = equivariance_error(conv, fields, None, size=(width, length), step=stride)
             self.assertAlmostEqual(error, expected, delta=1e-12)
+
+    def test_other_lengths(self):
+        """The output moves by its own columns: half as many, as many or twice as many."""
+        up, down = nn.Upsample(scale_factor=2), nn.AvgPool2d(2)
+        for layer, step in ((up, 1), (nn.Sequential(up, down), 1), (nn.Sequential(down, up), 2),
+                            (down, 2)):
+            assert_equivariant(layer, MIXED, MIXED, EXACT, step=step, pointwise=True)
+        for wrong, step in ((nn.Sequential(down, up), 1),
+                            (lambda x: up(x).roll(1, dims=3), 1)):
+            self.assertGreater(equivariance_error(wrong, MIXED, MIXED, step=step), 0.1)
+        assert_equivariant(lambda x: x.amax((2, 3)), (1, 0, 0), None, EXACT, size=(5, 7), step=3)
+
+    def test_randomize(self):
+        """A fault that initial values hide; the module itself stays as it is."""
+        net = nn.Sequential(nn.BatchNorm2d(16), nn.Dropout(0.5)).double().eval()
+        before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+        assert_equivariant(net, MIXED, MIXED, pointwise=True)
+        errors = [equivariance_error(net, MIXED, MIXED, randomize=True) for _ in range(2)]
+        self.assertGreater(errors[0], 0.1)
+        self.assertEqual(*errors)
+        for name, value in net.state_dict().items():
+            self.assertTrue(torch.equal(value, before[name]), name)
+        self.assertTrue(torch.equal(torch.get_rng_state(), random))
+        with self.assertRaises(AssertionError):
+            assert_equivariant(net, MIXED, MIXED, randomize=True)
+        for layer in (MobiusConv(MIXED, MIXED, 3), EquivBatchNorm(MIXED), lambda x: x):
+            assert_equivariant(layer, MIXED, MIXED, randomize=True)
 
     def test_message(self):
         """It names the one transformation and type that fail; the first call is the output."""
         one, sign, reg = (1, 2, 1), slice(1, 3), slice(3, 5)
         for call, part, options, named in (
-            (5, sign, {}, "shift by 3 columns, its sign-flip fields"),
-            (33, reg, {}, "shift by 31 columns, its regular fields"),
-            (34, slice(0, 1), {"pointwise": True}, "gauge transformation, its trivial fields"),
-            (2, reg, {"size": (3, 4)}, "shift by 0 columns, its regular fields"),
+            (5, sign, {}, "shift by 3, the output's sign-flip fields"),
+            (33, reg, {}, "shift by 31, the output's regular fields"),
+            (34, slice(0, 1), {"pointwise": True}, "gauge transformation, the output's trivial fields"),
+            (2, reg, {"size": (3, 4)}, "shift by 0, the output's regular fields"),
         ):
             message = rf"under a {named} are off by 0\.\d+ of the largest output \(tolerance 0.1\)"
             with self.subTest(named), self.assertRaisesRegex(AssertionError, message):
                 assert_equivariant(Failing(call, part), one, one, 0.1, **options)
         halved = nn.AvgPool2d((1, 4))
         failing = Failing(4)
-        with self.assertRaisesRegex(AssertionError, "shift by 8 columns, its regular fields"):
-            assert_equivariant(lambda x: failing(halved(x)), (0, 0, 2), (0, 0, 2), stride=4)
+        with self.assertRaisesRegex(AssertionError, "shift by 8, the output's regular fields"):
+            assert_equivariant(lambda x: failing(halved(x)), (0, 0, 2), (0, 0, 2), step=4)
         failing = Failing(3)
-        message = "shift by 1 columns, its invariant outputs"
+        message = "shift by 1, the output's logits"
         with self.assertRaisesRegex(AssertionError, message):
             assert_equivariant(lambda x: failing(x[:, :1].amax((2, 3))), one, None)
         assert_equivariant(Failing(0), one, one, pointwise=True)
@@ -114,7 +141,7 @@ class TestEquivarianceError(Case):
             for size in ((12, 16), (2, 2), (1, 1)):
                 assert_equivariant(layer, fields, fields, EXACT, size=size)
         with mock.patch.object(fields_module, "ROUNDING", 0):
-            self.assertGreater(equivariance_error(layer, fields, fields), 0.1)
+            self.assertGreater(equivariance_error(layer, fields, fields), 0.01)
 
     def test_nothing_changes(self):
         """Neither in the module nor in the random state, and dropout draws the same each time."""
@@ -185,18 +212,20 @@ class TestEquivarianceError(Case):
             (((0, 0, 0), MIXED), {}, "in_fields must be"),
             ((MIXED, (1, 2)), {}, "out_fields must be"),
             ((MIXED, (4, 4, 5)), {}, r"expected 18 channels .* got shape \(3, 16, 12, 16\)"),
-            ((MIXED, MIXED), {"stride": 0}, "stride must be a divisor of the length L = 16, got 0"),
-            ((MIXED, None), {"stride": 3}, "stride must be a divisor of the length L = 16, got 3"),
-            ((MIXED, MIXED), {"stride": 1.0}, "stride must be an integer"),
-            ((MIXED, MIXED), {"stride": 2}, "should give an output of length 8 with stride 2, got"),
+            ((MIXED, MIXED), {"step": 0}, "step must be at least 1, got 0"),
+            ((MIXED, MIXED), {"step": 1.0}, "step must be an integer"),
             ((MIXED, MIXED), {"size": (0, 4)}, r"two positive integers \(W, L\), got \(0, 4\)"),
             ((MIXED, MIXED), {"size": 12}, "size must be two positive integers .* got 12"),
         ):
             for check in (equivariance_error, assert_equivariant):
                 with self.subTest(message), self.assertRaisesRegex(ValueError, message):
                     check(nn.Identity(), *arguments, **options)
-        with self.assertRaisesRegex(ValueError, "of length 16 with stride 1, got shape"):
+        message = ("if an input of length 16 moves by 1, an output of length 8 cannot move by 8/16 "
+                   "columns: take step 2, or a size of another length")
+        with self.assertRaisesRegex(ValueError, message):
             equivariance_error(MobiusPool(MIXED), MIXED, MIXED)
+        with self.assertRaisesRegex(ValueError, "length 8 cannot move by 16/15 .* take step 15"):
+            equivariance_error(MobiusPool(MIXED), MIXED, MIXED, size=(12, 15), step=2)
 
 
 class TestLayersPage(FilesCase):

@@ -3,6 +3,9 @@
 import contextlib
 import io
 import re
+import shutil
+import subprocess
+import sys
 
 import torch
 
@@ -125,6 +128,18 @@ class TestPages(FilesCase):
                     namespace = {}
                     for snippet in snippets:
                         exec(snippet, namespace)
+
+    def test_files_to_copy(self):
+        """Those that the README names are enough to use the layers elsewhere."""
+        for name in ("nn_layers.py", "fields.py", "fast"):
+            self.assertIn(f"`{name}", README)
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, self.folder / name)
+        code = ("import torch, nn_layers as n; f = (1, 1, 1); x = torch.rand(1, 1, 8, 8);"
+                "print(n.MobiusPool(f)(n.EquivNonlin(f)(n.MobiusConv((1, 0, 0), f, 5)(x))).shape)")
+        done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path[0:0] = ['.'];{code}"],
+                              cwd=self.folder, capture_output=True, text=True)
+        self.assertEqual(done.stdout.strip(), "torch.Size([1, 4, 4, 4])", done.stderr)
 
     def test_walkthrough(self):
         """Seven steps, each with five to fifteen lines and something that it asserts."""
