@@ -2,6 +2,7 @@
 
     EquivBatchNorm    batch normalisation for each field type
     MobiusSequential  nn.Sequential that refuses layers whose field types do not match
+    export            an equal network whose convolutions are nn.Conv2d
 
 docs/layers.md shows how networks are built from them.
 """
@@ -13,13 +14,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from fields import REPRESENTATIONS, Fields, as_fields, check_input, split_types
+from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive
 
 
 def field_statistics(x: Tensor, fields: Fields) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and unbiased variance of each field, over samples, its channels and pixels.
 
-    Both channels of a regular field count, as s swaps them. Sign-flip fields have no mean, as s
-    changes all but 0; their variances are the mean square.
+    Both channels of a regular field count, as s swaps them. The mean of sign-flip fields is taken
+    as 0, the only invariant value; their variance is then the mean square.
 
     Returns:
         Mean, ``(m_triv + m_reg,)``; variance and unbiased variance, ``(m_triv + m_sign + m_reg,)``
@@ -209,3 +211,28 @@ class MobiusSequential(nn.Sequential):
                     f"but {before} has out_fields {tuple(self.out_fields)}"
                 )
             before, self.out_fields = place, as_fields(layer.out_fields, f"out_fields of {place}")
+
+
+def export(model: nn.Module) -> nn.Module:
+    """An equal network without anything to expand: its convolutions are a padding and an
+    `nn.Conv2d`.
+
+    Args:
+        model: any module; this library's layers that have an `export` method are replaced by what
+            it returns, the others copied.
+
+    Returns:
+        A copy with weights of its own, in the same mode (training or evaluation). Layers for which
+        torch.nn has no counterpart stay what they are: pooling (it goes on over the cut),
+        nonlinearities of sign-flip fields, and batch normalisation in training mode.
+    """
+    # In a list, since the model itself can be one such layer.
+    exported = copy.deepcopy(nn.ModuleList([model]))
+    replaced = {}  # a layer that is used twice is exported once
+    for module in list(exported.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, (MobiusConv, MobiusConvNaive, EquivNonlin, EquivBatchNorm)):
+                if child not in replaced:
+                    replaced[child] = child.export()
+                module._modules[name] = replaced[child]
+    return exported[0]

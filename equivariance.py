@@ -66,7 +66,8 @@ def equivariance_error(
         ValueError: for an argument that is not allowed, or an output that does not have the
             channels of `out_fields` or a length to which `step` fits.
     """
-    return _worst(module, in_fields, out_fields, size, step, pointwise, randomize).error
+    differences = _differences(module, in_fields, out_fields, size, step, pointwise, randomize)
+    return _worst(differences).error
 
 
 def assert_equivariant(
@@ -77,15 +78,24 @@ def assert_equivariant(
     """Raise AssertionError if `equivariance_error` exceeds `tolerance`.
 
     The message names the transformation and the field type of the output for which it is largest.
-    If that is a shift by 0, the module amplifies rounding errors. To find the layer of a network
-    that is at fault, cut the network off after each layer in turn. In float64
+    If that is a shift by 0, the module amplifies rounding errors. In float64
     (``copy.deepcopy(module).double()``) even a deep network stays below 1e-9.
+
+    Raises:
+        AssertionError: if the module is not equivariant.
+        ValueError: as `equivariance_error`, or for a tolerance that is not a number.
     """
-    worst = _worst(module, in_fields, out_fields, size, step, pointwise, randomize)
+    if not isinstance(tolerance, (int, float)):
+        raise ValueError(f"tolerance must be a number, got {tolerance!r}")
+    differences = _differences(module, in_fields, out_fields, size, step, pointwise, randomize)
+    worst, tried = _worst(differences), {difference.transformation for difference in differences}
     if not worst.error <= tolerance:
+        failed = {difference.transformation for difference in differences
+                  if not difference.error <= tolerance}
         raise AssertionError(
             f"not equivariant: under a {worst.transformation}, the output's {worst.part} are off by "
-            f"{worst.error:.2g} of the largest output (tolerance {tolerance:g})"
+            f"{worst.error:.2g} of the largest output (tolerance {tolerance:g}, exceeded by "
+            f"{len(failed)} of {len(tried)} transformations)"
         )
 
 
@@ -95,7 +105,15 @@ class Difference(NamedTuple):
     part: str
 
 
-def _worst(module, in_fields, out_fields, size, step, pointwise, randomize) -> Difference:
+def _worst(differences: list[Difference]) -> Difference:
+    # torch takes NaN for the largest
+    return differences[torch.tensor([difference.error for difference in differences]).argmax()]
+
+
+def _differences(
+    module, in_fields, out_fields, size, step, pointwise, randomize
+) -> list[Difference]:
+    """Of the output for each transformation and in each field type."""
     in_fields = as_fields(in_fields, "in_fields")
     width, length = _as_size(size)
     step = as_integer(step, "step")
@@ -136,8 +154,7 @@ def _worst(module, in_fields, out_fields, size, step, pointwise, randomize) -> D
             Difference((part.abs().max() / largest).item(), name, TYPE_NAMES.get(key, key))
             for key, part in parts.items()
         ]
-    # torch takes NaN for the largest
-    return differences[torch.tensor([difference.error for difference in differences]).argmax()]
+    return differences
 
 
 def _as_size(size) -> tuple[int, int]:

@@ -37,6 +37,10 @@ class Fields(NamedTuple):
         """Number of channels C = m_triv + m_sign + 2 m_reg."""
         return sum(m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, self))
 
+    def __add__(self, other) -> "Fields":
+        """The fields of two feature spaces together."""
+        return Fields(*map(operator.add, self, other))
+
 
 def scalars(images: Tensor) -> Fields:
     """The fields of images, in which each channel is a scalar."""
@@ -85,9 +89,28 @@ REPRESENTATIONS = {  # in the order of the channels, under the names of `Fields`
 
 
 def split_types(x: Tensor, fields: Fields) -> dict[str, Tensor]:
-    """Views of the channels of each field type that occurs, in their order."""
+    """Views of the channels of each field type, in their order; absent types have no key."""
     sizes = {name: m * REPRESENTATIONS[name].dim for name, m in zip(REPRESENTATIONS, fields) if m}
     return dict(zip(sizes, x.split(list(sizes.values()), dim=1)))
+
+
+def concatenate(x: Tensor, x_fields, y: Tensor, y_fields) -> Tensor:
+    """The fields of two feature maps together, of each type those of `x` first.
+
+    Args:
+        x, y: feature maps ``(N, C, W, L)`` and ``(N, C', W, L)``.
+        x_fields, y_fields: their multiplicities. The result has ``x_fields + y_fields``, as
+            `Fields`.
+
+    Raises:
+        ValueError: for features that do not have the channels of these fields.
+    """
+    x_fields, y_fields = as_fields(x_fields, "x_fields"), as_fields(y_fields, "y_fields")
+    check_features(x, x_fields)
+    check_features(y, y_fields)
+    blocks = [split_types(x, x_fields), split_types(y, y_fields)]
+    return torch.cat([types[name] for name in REPRESENTATIONS for types in blocks if name in types],
+                     dim=1)
 
 
 def rho_s(x: Tensor, fields: Fields) -> Tensor:

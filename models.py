@@ -8,7 +8,6 @@ this file. All scripts then take the name.
 Source: arXiv:2106.06020, Section 5, Tables 4 and 5.
 """
 
-import copy
 from functools import partial
 from math import sqrt
 
@@ -16,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import fast
-from building_blocks import EquivBatchNorm, MobiusSequential
+from building_blocks import MobiusSequential
 from fields import Fields, as_integer, check_strip
 from nn_layers import EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, as_sign_eps
 from polyphase import PolyphasePool
@@ -228,31 +227,6 @@ def has_sign_flip_fields(name: str) -> bool:
 def count_parameters(model: nn.Module) -> int:
     """Number of learnable values."""
     return sum(p.numel() for p in model.parameters())
-
-
-def export(model: nn.Module) -> nn.Module:
-    """An equal network without anything to expand: its convolutions are a padding and an
-    `nn.Conv2d`.
-
-    Args:
-        model: any module; this library's layers that have an `export` method are replaced by what
-            it returns, the others copied.
-
-    Returns:
-        A copy with weights of its own, in the same mode (training or evaluation). Layers for which
-        torch.nn has no counterpart stay what they are: pooling (it goes on over the cut),
-        nonlinearities of sign-flip fields, and batch normalisation in training mode.
-    """
-    # In a list, since the model itself can be one such layer.
-    exported = copy.deepcopy(nn.ModuleList([model]))
-    replaced = {}  # a layer that is used twice is exported once
-    for module in list(exported.modules()):
-        for name, child in module._modules.items():
-            if isinstance(child, (MobiusConv, MobiusConvNaive, EquivNonlin, EquivBatchNorm)):
-                if child not in replaced:
-                    replaced[child] = child.export()
-                module._modules[name] = replaced[child]
-    return exported[0]
 
 
 if __name__ == "__main__":

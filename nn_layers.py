@@ -198,7 +198,8 @@ class MobiusConv(nn.Module):
     """Convolution on the Möbius strip, equivariant under isometries and gauge transformations.
 
     It expands a steerable kernel, K(s.v) = rho_out(s) K(v) rho_in(s)^-1, from free parameters, pads
-    the input by parallel transport and convolves. The output has the size of the input.
+    the input by parallel transport and convolves. The output has the size of the input; there is no
+    stride and no dilation. A kernel of one pixel does not mix trivial and sign-flip fields.
 
     The layer commutes with `isometry_action`. Gauge equivariance says that it works alike in every
     frame. In reflected frames the kernel lies on the pixels as K(s.v): convolving

@@ -30,9 +30,9 @@ def polyphase_pool(x: Tensor, fields: Fields) -> Tensor:
 class PolyphasePool(MobiusPool):
     """`MobiusPool` on the even or the odd columns, whichever gives the larger norm.
 
-    A shift of the input by t changes p to p' = (p + t) mod 2 and moves the output by the integer
-    (t + p - p') / 2: equivariant under all 2L isometries, and gauge equivariant. Equal norms take
-    the even grid. So odd shifts can break equivariance if both norms are equal up to rounding, as
+    Windows begin at column p, 0 or 1. A shift of the input by t changes p to p' = (p + t) mod 2 and
+    moves the output by the integer (t + p - p') / 2: equivariant under all 2L isometries, and gauge
+    equivariant. Equal norms take the even grid. So odd shifts can break equivariance if both norms are equal up to rounding, as
     for a constant field with one pixel that differs. The output does not say which grid it has:
     upsampled, it need not lie on the input.
 

@@ -37,12 +37,10 @@ import torch.nn.functional as F
 import convert_mnist
 import fast
 import fields as fields_module
-from building_blocks import EquivBatchNorm, MobiusSequential
+from building_blocks import EquivBatchNorm, MobiusSequential, export
 from equivariance import assert_equivariant, equivariance_error
-from fields import Fields, as_fields, gauge_transform, isometry_action, sample_norms
-from models import (
-    CNN, MODELS, MODES, POOLINGS, MobiusGaugeCNN, build_model, count_parameters, export,
-)
+from fields import Fields, as_fields, concatenate, gauge_transform, isometry_action, sample_norms
+from models import CNN, MODELS, MODES, POOLINGS, MobiusGaugeCNN, build_model, count_parameters
 from nn_layers import (
     EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPadNaive, MobiusPool, TransportPad,
     invariant_bias, steerable_kernel, strip_pool, transport_pad,
@@ -60,6 +58,22 @@ from tests.support import COUNTS, ROOT, Case, write_reliability
 
 
 class TestFields(Case):
+    def test_concatenate(self):
+        """By matrices: rho(s) of all channels at once is that of each part."""
+        for fields in FIELDS:
+            for others in FIELDS:
+                x, y = features(fields, 3, 4, n=2), features(others, 3, 4, n=2)
+                z, both = concatenate(x, fields, y, others), Fields(*fields) + Fields(*others)
+                self.assertEqual(both, tuple(m + n for m, n in zip(fields, others)))
+                self.assertEqual(z.shape[1], both.channels)
+                self.assertTrue(torch.equal(
+                    act(both, z), concatenate(act(fields, x), fields, act(others, y), others)))
+                self.assertTrue(torch.equal(z.sort(dim=1)[0], torch.cat([x, y], 1).sort(dim=1)[0]))
+        with self.assertRaisesRegex(ValueError, "y_fields must be"):
+            concatenate(x, fields, y, (1, 2))
+        with self.assertRaisesRegex(ValueError, "expected 2 channels"):
+            concatenate(x, fields, torch.zeros(2, 3, 3, 4), (2, 0, 0))
+
     def test_channels(self):
         self.assertEqual(Fields(10, 4, 8).channels, 30)
         self.assertEqual(as_fields((10, 4, 8)), (10, 4, 8))

@@ -115,7 +115,8 @@ class TestEquivarianceError(Case):
             (34, slice(0, 1), {"pointwise": True}, "gauge transformation, the output's trivial fields"),
             (2, reg, {"size": (3, 4)}, "shift by 0, the output's regular fields"),
         ):
-            message = rf"under a {named} are off by 0\.\d+ of the largest output \(tolerance 0.1\)"
+            message = (rf"under a {named} are off by 0\.\d+ of the largest output "
+                       r"\(tolerance 0.1, exceeded by 1 of \d+ transformations\)")
             with self.subTest(named), self.assertRaisesRegex(AssertionError, message):
                 assert_equivariant(Failing(call, part), one, one, 0.1, **options)
         halved = nn.AvgPool2d((1, 4))
@@ -212,6 +213,7 @@ class TestEquivarianceError(Case):
             (((0, 0, 0), MIXED), {}, "in_fields must be"),
             ((MIXED, (1, 2)), {}, "out_fields must be"),
             ((MIXED, (4, 4, 5)), {}, r"expected 18 channels .* got shape \(3, 16, 12, 16\)"),
+            ((MIXED, MIXED), {"size": 12, "step": 0}, "size"),
             ((MIXED, MIXED), {"step": 0}, "step must be at least 1, got 0"),
             ((MIXED, MIXED), {"step": 1.0}, "step must be an integer"),
             ((MIXED, MIXED), {"size": (0, 4)}, r"two positive integers \(W, L\), got \(0, 4\)"),
