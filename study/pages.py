@@ -15,10 +15,12 @@ import convert_mnist
 import reproduce
 import train
 import visualize
-from models import MODELS, POOLINGS, MobiusGaugeCNN, build_model, count_parameters
+from models import (
+    MODELS, POOLINGS, MobiusGaugeCNN, build_model, count_parameters, has_sign_flip_fields,
+)
 from study.runs import Study
 from study.shifts import consistency, read_error_against_shift
-from study.table import PAPER_RUNS, Cell, largest_cells
+from study.table import PAPER_RUNS, Cell, largest_cells, summary
 from training.files import say, write_atomically
 from training.options import PRECISIONS, TRAIN_MODES
 
@@ -77,6 +79,25 @@ def results() -> str:
     study = Study(reproduce.plan(PAPER_RUNS, list(MODELS), list(TRAIN_MODES), options))
     text = reproduce.table(study, reproduce.PAPER, "markdown")
     return text.partition("Not the paper's protocol")[0].rstrip()
+
+
+def signs() -> str:
+    """Networks with sign-flip fields: with each of the signs that there have been."""
+    inexact, rows = read("inexact_sign.json")["runs"], []
+    for model in filter(has_sign_flip_fields, MODELS):
+        exact, published = (largest_cells(model, "shifted", reproduce.PAPER, sign_eps=(value,))
+                            for value in (0.0, 1e-8))
+        for exact_cell, published_cell in zip(exact, published):
+            mode = exact_cell.train_mode
+            without = [run["test_error"]["shifted"] for run in inexact
+                       if (run["model"], run["train_mode"], run["pooling"]) ==
+                       (model, mode, "fixed")]
+            cells = [exact_cell, summary(without), published_cell, exact_cell.paper]
+            rows.append([f"`{model}`", mode, *cells])
+    return markdown([
+        "model", "trained on", "sign(x), rounding is 0", "sign(x), rounding is not 0",
+        "x / (\\|x\\| + 1e-8)", "paper",
+    ], rows)
 
 
 def digits() -> str:
@@ -195,7 +216,7 @@ def options_of(module) -> str:
 
 
 TABLES = {
-    "table5": table5, "results": results, "digits": digits, "shifts": shifts,
+    "table5": table5, "results": results, "signs": signs, "digits": digits, "shifts": shifts,
     "poolings": poolings, "recipes": recipes, "reliability": reliability, "models": models,
     "speed": speed, "pooling_cost": pooling_cost,
     **{

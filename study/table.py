@@ -5,7 +5,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -114,21 +114,27 @@ class Cell:
         return "differs" if self.p < SIGNIFICANCE else "undecided"
 
     def __str__(self) -> str:
-        if self.mean is None:
-            return "-"
-        return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.n > 1 else "") + f" ({self.n})"
+        return summary(self.errors)
 
 
-def largest_cells(model: str, version: str, paper: Paper | None = None,
-                  results=RESULTS) -> list[Cell]:
+def summary(errors: Sequence[float]) -> str:
+    """Mean, standard deviation and number of test errors."""
+    if not errors:
+        return "-"
+    std = f" ± {stdev(errors):.2f}" if len(errors) > 1 else ""
+    return f"{mean(errors):.2f}{std} ({len(errors)})"
+
+
+def largest_cells(model: str, version: str, paper: Paper | None = None, results=RESULTS,
+                  sign_eps: Sequence[float] = (0.0, 1e-8)) -> list[Cell]:
     """A model's cells of the paper's protocol, for both training modes, on MNIST.
 
-    Of the precisions, and of the exact sign and the published one, those with the most runs.
+    Of the precisions and of these values of sign_eps, those with the most runs.
     """
     choices = []
-    for sign_eps in (0.0, 1e-8) if has_sign_flip_fields(model) else (0.0,):
+    for value in sign_eps if has_sign_flip_fields(model) else (0.0,):
         for precision in ("bf16", "fp32"):
-            options = OTHER_DEFAULTS | {"sign_eps": sign_eps, "precision": precision}
+            options = OTHER_DEFAULTS | {"sign_eps": value, "precision": precision}
             configs = [Config(model, train_mode=mode, seed=seed, **options)
                        for mode in TRAIN_MODES for seed in range(PAPER_RUNS)]
             choices.append([Cell(Study(configs, results), model, mode, version, paper)
