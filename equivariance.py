@@ -59,8 +59,8 @@ def equivariance_error(
         pointwise: try a gauge transformation too, for layers that commute with `gauge_transform`:
             pooling, nonlinearities, normalisations. A convolution by k > 1 does not, unless all
             fields are trivial: reflected frames reflect its kernel too (see `MobiusConv`).
-        randomize: add N(0, 0.04) to all parameters and statistics, in a copy of the module. The
-            values that a new module has hide faults: biases are 0, scales and statistics are equal.
+        randomize: add noise to all parameters and to running means and variances, in a copy of the
+            module. The values of a new module hide faults: biases are 0, scales are equal.
 
     Raises:
         ValueError: for an argument that is not allowed, or an output that does not have the
@@ -93,8 +93,8 @@ def assert_equivariant(
         failed = {difference.transformation for difference in differences
                   if not difference.error <= tolerance}
         raise AssertionError(
-            f"not equivariant: under a {worst.transformation}, the output's {worst.part} are off by "
-            f"{worst.error:.2g} of the largest output (tolerance {tolerance:g}, exceeded by "
+            f"not equivariant: under a {worst.transformation}, the output's {worst.part} are off "
+            f"by {worst.error:.2g} of the largest output (tolerance {tolerance:g}, exceeded by "
             f"{len(failed)} of {len(tried)} transformations)"
         )
 
@@ -117,8 +117,8 @@ def _differences(
     in_fields = as_fields(in_fields, "in_fields")
     width, length = _as_size(size)
     step = as_integer(step, "step")
-    if step < 1:
-        raise ValueError(f"step must be at least 1, got {step}")
+    if not 1 <= step < 2 * length:
+        raise ValueError(f"step must be from 1 to 2L - 1 = {2 * length - 1}, got {step}")
     if randomize:
         module = _randomized(module)
     call = partial(_call, module)
@@ -167,15 +167,18 @@ def _as_size(size) -> tuple[int, int]:
     return width, length
 
 
-def _randomized(module: Callable) -> Callable:
-    module = copy.deepcopy(module)
-    if isinstance(module, nn.Module):
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for value in chain(module.parameters(), module.buffers()):
-                if value.is_floating_point():
-                    noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-                    value += 0.2 * noise.to(value.device)
+def _randomized(module: Callable) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise ValueError("randomize needs an nn.Module: a function hides its parameters")
+    module, generator = copy.deepcopy(module), torch.Generator().manual_seed(0)
+    buffers = (item for item in module.named_buffers() if "running_" in item[0])
+    with torch.no_grad():
+        for name, value in chain(module.named_parameters(), buffers):
+            noise = 0.2 * torch.randn(value.shape, generator=generator).to(value)
+            if name.endswith("running_var"):
+                value *= noise.exp()
+            else:
+                value += noise
     return module
 
 

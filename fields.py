@@ -39,7 +39,9 @@ class Fields(NamedTuple):
 
     def __add__(self, other) -> "Fields":
         """The fields of two feature spaces together."""
-        return Fields(*map(operator.add, self, other))
+        return Fields(*map(operator.add, self, as_fields(other)))
+
+    __radd__ = __add__
 
 
 def scalars(images: Tensor) -> Fields:

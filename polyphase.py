@@ -32,9 +32,9 @@ class PolyphasePool(MobiusPool):
 
     Windows begin at column p, 0 or 1. A shift of the input by t changes p to p' = (p + t) mod 2 and
     moves the output by the integer (t + p - p') / 2: equivariant under all 2L isometries, and gauge
-    equivariant. Equal norms take the even grid. So odd shifts can break equivariance if both norms are equal up to rounding, as
-    for a constant field with one pixel that differs. The output does not say which grid it has:
-    upsampled, it need not lie on the input.
+    equivariant. Equal norms take the even grid. So odd shifts can break equivariance if both norms
+    are equal up to rounding, as for a constant field with one pixel that differs. The output does
+    not say which grid it has: upsampled, it need not lie on the input.
 
     Args:
         in_fields: multiplicities ``(m_triv, m_sign, m_reg)``.

@@ -66,9 +66,14 @@ class TestFields(Case):
                 z, both = concatenate(x, fields, y, others), Fields(*fields) + Fields(*others)
                 self.assertEqual(both, tuple(m + n for m, n in zip(fields, others)))
                 self.assertEqual(z.shape[1], both.channels)
+                self.assertEqual((fields + Fields(*others), Fields(*fields) + others), (both, both))
                 self.assertTrue(torch.equal(
                     act(both, z), concatenate(act(fields, x), fields, act(others, y), others)))
                 self.assertTrue(torch.equal(z.sort(dim=1)[0], torch.cat([x, y], 1).sort(dim=1)[0]))
+        x, y = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in ([0, 1, 2, 3], [4, 5, 6]))
+        self.assertEqual(concatenate(x, (1, 1, 1), y, (1, 0, 1)).flatten().tolist(),
+                         [0, 4, 1, 2, 3, 5, 6])
+        x = torch.zeros(2, fields[0] + fields[1] + 2 * fields[2], 3, 4)
         with self.assertRaisesRegex(ValueError, "y_fields must be"):
             concatenate(x, fields, y, (1, 2))
         with self.assertRaisesRegex(ValueError, "expected 2 channels"):

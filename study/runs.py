@@ -79,10 +79,7 @@ class Study:
             OSError: if it cannot be read.
         """
         path = self.file(config)
-        try:
-            result = self.read(run_name(config))
-        except ValueError as error:
-            raise ValueError(f"{error}: move it away, and the run is trained again") from error
+        result = self.read(run_name(config))
         if result is None:
             return None
         for name, value in config.protocol().items():
@@ -106,9 +103,13 @@ class Study:
         Raises:
             ValueError, OSError: naming the file, if it is damaged or cannot be read.
         """
-        # In this order: a run that is packed meanwhile is in both files before it is in one.
+        # In this order: `pack` writes table5.json before it deletes the other file.
         with contextlib.suppress(FileNotFoundError):
-            return read_result(self.results / "runs" / f"{name}.json")
+            try:
+                return read_result(self.results / "runs" / f"{name}.json")
+            except ValueError as error:
+                again = f"{error}: move it away, and the run is trained again"
+                raise ValueError(again) from error
         return self.packed.get(name)
 
     @property
@@ -132,13 +133,16 @@ class Study:
             ValueError, OSError: naming the file, for one that is damaged or cannot be read or
                 written. Then no run is moved.
         """
+        if not self.results.is_dir():
+            raise ValueError(f"there are no results in {self.results}")
         with locked(self.results / f".{FILE}.lock"):
             paths = sorted((self.results / "runs").glob("*.json"))
             fresh = {path: read_result(path) for path in paths}
             fresh = {path: result for path, result in fresh.items()
                      if result["status"] == "finished" and not has_curve(result)}
             results = self.packed | {path.stem: result for path, result in fresh.items()}
-            write_packed(self.results / FILE, results)
+            if fresh:
+                write_packed(self.results / FILE, results)
             for path in fresh:  # if killed in here, the next call goes on
                 path.unlink()
         return (f"moved {len(fresh)} runs into {self.results / FILE}, which has {len(results)}; "

@@ -13,12 +13,13 @@ from unittest import mock
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import fields as fields_module
 from building_blocks import EquivBatchNorm
 from equivariance import assert_equivariant, equivariance_error, sample_input
 from fields import as_fields
-from nn_layers import EquivNonlin, MobiusConv, MobiusPool
+from nn_layers import EquivNonlin, MobiusConv, MobiusPool, transport_pad
 from tests.reference import DOUBLE, EXACT, act, randomized, reference_cover
 from tests.support import ROOT, Case, FilesCase
 
@@ -103,8 +104,18 @@ class TestEquivarianceError(Case):
         self.assertTrue(torch.equal(torch.get_rng_state(), random))
         with self.assertRaises(AssertionError):
             assert_equivariant(net, MIXED, MIXED, randomize=True)
-        for layer in (MobiusConv(MIXED, MIXED, 3), EquivBatchNorm(MIXED), lambda x: x):
+        trained = EquivBatchNorm(MIXED).eval()
+        trained.running_var.fill_(1e-3)
+        blur = nn.Module()  # a constant that is no statistic stays as it is
+        blur.register_buffer("kernel", torch.full((16, 1, 1, 3), 1 / 3))
+        blur.forward = lambda x: F.conv2d(transport_pad(x, 1, MIXED)[:, :, 1:-1], blur.kernel,
+                                          groups=16)
+        for layer in (MobiusConv(MIXED, MIXED, 3), EquivBatchNorm(MIXED), trained, blur):
             assert_equivariant(layer, MIXED, MIXED, randomize=True)
+        with self.assertRaisesRegex(ValueError, "randomize needs an nn.Module"):
+            assert_equivariant(lambda x: net(x), MIXED, MIXED, randomize=True)
+        with self.assertRaisesRegex(ValueError, "tolerance must be a number, got \\(20, 36\\)"):
+            assert_equivariant(net, MIXED, MIXED, (20, 36))
 
     def test_message(self):
         """It names the one transformation and type that fail; the first call is the output."""
@@ -112,11 +123,13 @@ class TestEquivarianceError(Case):
         for call, part, options, named in (
             (5, sign, {}, "shift by 3, the output's sign-flip fields"),
             (33, reg, {}, "shift by 31, the output's regular fields"),
-            (34, slice(0, 1), {"pointwise": True}, "gauge transformation, the output's trivial fields"),
+            (34, slice(0, 1), {"pointwise": True},
+             "gauge transformation, the output's trivial fields"),
             (2, reg, {"size": (3, 4)}, "shift by 0, the output's regular fields"),
         ):
+            tried = 2 * options.get("size", (12, 16))[1] + options.get("pointwise", False)
             message = (rf"under a {named} are off by 0\.\d+ of the largest output "
-                       r"\(tolerance 0.1, exceeded by 1 of \d+ transformations\)")
+                       rf"\(tolerance 0.1, exceeded by 1 of {tried} transformations\)")
             with self.subTest(named), self.assertRaisesRegex(AssertionError, message):
                 assert_equivariant(Failing(call, part), one, one, 0.1, **options)
         halved = nn.AvgPool2d((1, 4))
@@ -213,8 +226,8 @@ class TestEquivarianceError(Case):
             (((0, 0, 0), MIXED), {}, "in_fields must be"),
             ((MIXED, (1, 2)), {}, "out_fields must be"),
             ((MIXED, (4, 4, 5)), {}, r"expected 18 channels .* got shape \(3, 16, 12, 16\)"),
-            ((MIXED, MIXED), {"size": 12, "step": 0}, "size"),
-            ((MIXED, MIXED), {"step": 0}, "step must be at least 1, got 0"),
+            ((MIXED, MIXED), {"step": 0}, "step must be from 1 to 2L - 1 = 31, got 0"),
+            ((MIXED, None), {"step": 32}, "step must be from 1 to 2L - 1 = 31, got 32"),
             ((MIXED, MIXED), {"step": 1.0}, "step must be an integer"),
             ((MIXED, MIXED), {"size": (0, 4)}, r"two positive integers \(W, L\), got \(0, 4\)"),
             ((MIXED, MIXED), {"size": 12}, "size must be two positive integers .* got 12"),

@@ -135,10 +135,11 @@ class TestPages(FilesCase):
             self.assertIn(f"`{name}", README)
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, self.folder / name)
-        code = ("import torch, nn_layers as n; f = (1, 1, 1); x = torch.rand(1, 1, 8, 8);"
+        code = ("import sys; sys.path[0:0] = ['.']; import torch, nn_layers as n;"
+                "f = (1, 1, 1); x = torch.rand(1, 1, 8, 8);"
                 "print(n.MobiusPool(f)(n.EquivNonlin(f)(n.MobiusConv((1, 0, 0), f, 5)(x))).shape)")
-        done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path[0:0] = ['.'];{code}"],
-                              cwd=self.folder, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-I", "-c", code], cwd=self.folder,
+                              capture_output=True, text=True)
         self.assertEqual(done.stdout.strip(), "torch.Size([1, 4, 4, 4])", done.stderr)
 
     def test_walkthrough(self):

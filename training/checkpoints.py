@@ -58,11 +58,15 @@ def read_result(path) -> dict:
     result = read_json(path)
     if not isinstance(result, dict) or not RESULT_KEYS <= result.keys():
         raise ValueError(f"{path} is no result of a run")
-    unrecorded = names_of("input", "output")
-    for name, default in DEFAULTS.items():
-        if name not in unrecorded:
-            result["config"].setdefault(name, default)
+    result["config"] = with_newer_options(result["config"])
     return result
+
+
+def with_newer_options(config: dict) -> dict:
+    """The settings of a result, with the defaults of options that are newer than the result."""
+    unrecorded = names_of("input", "output")
+    return config | {name: value for name, value in DEFAULTS.items()
+                     if name not in unrecorded and name not in config}
 
 
 def read_weights(path) -> dict:

@@ -2,7 +2,6 @@
 compiler.
 """
 
-import contextlib
 import os
 import platform
 import shutil
@@ -63,12 +62,17 @@ def describe_environment(device: torch.device) -> dict:
 
 
 def _commit() -> str | None:
-    """The commit of this code, with "-dirty" if it has changed since. None outside of git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
-               "--exclude=*", "--abbrev=12"]
-    with contextlib.suppress(OSError):
-        found = subprocess.run(command, capture_output=True, text=True)
-        return found.stdout.strip() or None
+    """The commit of this code, with "-dirty" if code has changed since. None outside of git."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    commit, changed = git("rev-parse", "--short=12", "HEAD"), git("diff", "HEAD", "--", "*.py")
+    return f"{commit}-dirty" if changed else commit or None
 
 
 def _cpu_name() -> str:
