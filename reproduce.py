@@ -12,7 +12,7 @@
                                                         # are so many
 
 Stop or kill it at any moment: the same command goes on where it was. Any number of processes, on
-any number of machines, may share a results folder; `study/runs.py` says how.
+any number of machines, may share a results folder; docs/reproduce.md says how.
 
 Source of the figures to compare with: arXiv:2106.06020, Section 5, Table 5.
 """
@@ -89,13 +89,13 @@ def command_line() -> CommandLine:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--runs", type=int, default=PAPER_RUNS, metavar="N",
-        help="of each model and training mode, with seeds 0 to N - 1 (%(default)s)")
+        help="number of seeds of each model and training mode, from seed 0 on (%(default)s)")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL",
         help="all seven, unless some are named")
     add("--train_modes", nargs="+", choices=TRAIN_MODES, default=list(TRAIN_MODES), metavar="MODE",
         help="centered, shifted or both (both)")
     add("--results", default=str(RESULTS), metavar="FOLDER",
-        help="of finished runs, logs and results (results)")
+        help="folder of runs, logs and results (results)")
     add("--table", nargs="?", const="text", choices=("text", "markdown", "csv"),
         help="print the table of finished runs, train nothing")
     add("--pack", action="store_true",

@@ -6,7 +6,7 @@
     python train.py --resume logs/RUN                         # go on with a stopped or killed run
     python train.py --eval_only --checkpoint logs/RUN/checkpoint.pt
 
-Every run has a folder of its own in --log_dir; training/run_folder.py describes it. For many runs
+Every run has a folder of its own in --log_dir; docs/training.md describes it. For many runs
 take reproduce.py. All options and their defaults, the paper's protocol, are in training/options.py.
 
 Source of the protocol: arXiv:2106.06020, Section 5.

@@ -264,8 +264,7 @@ def _remarks(study: Study, cells: list[Cell]) -> list[str]:
     if incomplete:
         others = _runs_not_shown(study, cells)
         if others:
-            remarks.append("Finished runs of other settings, which take their options to be "
-                           f"shown: {others}")
+            remarks.append(f"Finished runs with other options: {others}")
         missing = sum(len(cell.missing) for cell in incomplete)
         lines = [f"- {cell.model} trained on {cell.train_mode}: seeds {_ranges(cell.missing)}"
                  for cell in incomplete]

@@ -561,9 +561,9 @@ class TestReproduce(RunsCase):
             text, r"mobius_regular +centered +3.00 ± 2.83 \(2\) +1.23 ± 0.07  {30,}3.00")
         self.assertIn("Cells of fewer than 5 runs are not compared", text)
         # The remark names results that are not shown.
-        self.assertNotIn("other settings", text)
+        self.assertNotIn("other options", text)
         self.assertIn(
-            "other settings, which take their options to be shown: "
+            "Finished runs with other options: "
             "digits num_epochs_2 batch_size_4 (8)\n",
             self.main(reproduce, *options, "--lr", "0.1"))
         study.file(study.configs[0]).unlink()
@@ -648,7 +648,7 @@ class TestReproduce(RunsCase):
         self.assertIn("\nmobius_signflip, sign_eps 0.0, precision bf16  ", text)
         self.assertIn("\nmobius_signflip, precision bf16  ", text)
         (remark,) = [
-            line for line in text.splitlines() if line.startswith("Finished runs of other settings")
+            line for line in text.splitlines() if line.startswith("Finished runs with other options")
         ]
         self.assertEqual(
             remark.split(": ")[1], "digits sign_eps_0.001 num_epochs_2 batch_size_4 (1), "

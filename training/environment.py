@@ -2,6 +2,7 @@
 compiler.
 """
 
+import functools
 import os
 import platform
 import shutil
@@ -61,6 +62,7 @@ def describe_environment(device: torch.device) -> dict:
     return described
 
 
+@functools.cache
 def _commit() -> str | None:
     """The commit of this code, with "-dirty" if code has changed since. None outside of git."""
     root = Path(__file__).resolve().parents[1]
