@@ -73,7 +73,7 @@ class TestFields(Case):
         x, y = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in ([0, 1, 2, 3], [4, 5, 6]))
         self.assertEqual(concatenate(x, (1, 1, 1), y, (1, 0, 1)).flatten().tolist(),
                          [0, 4, 1, 2, 3, 5, 6])
-        x = torch.zeros(2, fields[0] + fields[1] + 2 * fields[2], 3, 4)
+        x = features(fields, 3, 4)
         with self.assertRaisesRegex(ValueError, "y_fields must be"):
             concatenate(x, fields, y, (1, 2))
         with self.assertRaisesRegex(ValueError, "expected 2 channels"):

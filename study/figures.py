@@ -299,6 +299,10 @@ def _numbered_channels(fields: Fields) -> list[tuple[str, int]]:
             for i in range(m * REPRESENTATIONS[name].dim)]
 
 
+def _short_names(fields: Fields) -> list[str]:
+    return [name.replace(" channel", "") for name in _channels(fields, CHANNEL_NAMES)]
+
+
 def steerable_kernels(conv: MobiusConv) -> Figure:
     """The expanded kernels, a block for each pair of types: input rows, output columns."""
     kernel, _ = conv.expand()
@@ -314,11 +318,9 @@ def steerable_kernels(conv: MobiusConv) -> Figure:
             texts = CONSTRAINTS[name_in, name_out]
             texts = texts[row % len(texts)]
             axes.set_title(texts[column % len(texts)], fontsize=10, pad=4)
-    names = {name: [text.replace(" channel", "") for text in texts]
-             for name, texts in CHANNEL_NAMES.items()}
-    for axes, name in zip(grid[0], _channels(conv.out_fields, names)):
+    for axes, name in zip(grid[0], _short_names(conv.out_fields)):
         axes.set_title(f"to {name}\n", loc="left", fontsize=9, weight="bold")
-    for axes, name in zip(grid[:, 0], _channels(conv.in_fields, names)):
+    for axes, name in zip(grid[:, 0], _short_names(conv.in_fields)):
         axes.set_ylabel(f"from {name}", fontsize=9, weight="bold")
     return figure
 
@@ -336,7 +338,7 @@ def first_kernels(model: nn.Module, columns: int = 8) -> Figure:
     conv = _convolutions(model)[0]
     if isinstance(conv, MobiusConv):
         fields = conv.out_fields
-        types, titles = channel_types(fields), _channels(fields, CHANNEL_NAMES)
+        types, titles = channel_types(fields), _short_names(fields)
         kernel, colours = conv.expand()[0], TYPE_COLOURS
     else:
         kernel, colours = conv.weight, {"": NO_TYPE}
@@ -351,7 +353,7 @@ def first_kernels(model: nn.Module, columns: int = 8) -> Figure:
         axes = figure.add_axes(((column + 0.05) / columns, 1 - (row + 0.96) / rows,
                                 0.9 / columns, 0.75 / rows))
         _show(axes, image[0], largest, colours[name], linewidth=2)
-        axes.set_title(text.replace(" channel", ""), fontsize=8, pad=3)
+        axes.set_title(text, fontsize=8, pad=3)
     return figure
 
 

@@ -45,12 +45,6 @@ def read(name: str) -> dict:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def cell(model: str, train_mode: str, version: str, precision: str) -> Cell:
-    """All runs of the paper's protocol in this precision."""
-    study = Study(reproduce.plan(PAPER_RUNS, [model], [train_mode], {"precision": precision}))
-    return Cell(study, model, train_mode, version, reproduce.PAPER)
-
-
 def recipe_cell(recipe: str, version: str) -> Cell:
     options = {"precision": "bf16", "recipe": recipe}
     study = Study(reproduce.plan(PAPER_RUNS, ["mobius_regular"], ["centered"], options))

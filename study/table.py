@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -95,7 +96,7 @@ class Cell:
         """Standard deviation over the runs, with n - 1 in the denominator."""
         return stdev(self.errors) if self.n > 1 else None
 
-    @property
+    @cached_property
     def comparison(self) -> Comparison | None:
         """With the paper's runs; None for fewer than `LEAST_RUNS`."""
         if self.paper is None or self.n < LEAST_RUNS:
@@ -137,8 +138,8 @@ def largest_cells(model: str, version: str, paper: Paper | None = None, results=
             options = OTHER_DEFAULTS | {"sign_eps": value, "precision": precision}
             configs = [Config(model, train_mode=mode, seed=seed, **options)
                        for mode in TRAIN_MODES for seed in range(PAPER_RUNS)]
-            choices.append([Cell(Study(configs, results), model, mode, version, paper)
-                            for mode in TRAIN_MODES])
+            study = Study(configs, results)
+            choices.append([Cell(study, model, mode, version, paper) for mode in TRAIN_MODES])
     return max(choices, key=lambda cells: sum(cell.n for cell in cells))
 
 

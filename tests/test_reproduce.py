@@ -530,7 +530,7 @@ class TestReproduce(RunsCase):
         self.write_results(study, lambda config, version: config.seed)
         before = [study.result(config) for config in study.configs]
         for name, calls in (("study.runs.write_packed", 0), ("pathlib.Path.unlink", 2)):
-            real, count = getattr(Path, "unlink"), itertools.count()
+            real, count = Path.unlink, itertools.count()
 
             def killed(*arguments, **options):
                 if next(count) >= calls:
@@ -563,8 +563,7 @@ class TestReproduce(RunsCase):
         # The remark names results that are not shown.
         self.assertNotIn("other options", text)
         self.assertIn(
-            "Finished runs with other options: "
-            "digits num_epochs_2 batch_size_4 (8)\n",
+            "Finished runs with other options: digits num_epochs_2 batch_size_4 (8)\n",
             self.main(reproduce, *options, "--lr", "0.1"))
         study.file(study.configs[0]).unlink()
         self.assertRegex(self.main(reproduce, *options),
@@ -648,7 +647,8 @@ class TestReproduce(RunsCase):
         self.assertIn("\nmobius_signflip, sign_eps 0.0, precision bf16  ", text)
         self.assertIn("\nmobius_signflip, precision bf16  ", text)
         (remark,) = [
-            line for line in text.splitlines() if line.startswith("Finished runs with other options")
+            line for line in text.splitlines()
+            if line.startswith("Finished runs with other options")
         ]
         self.assertEqual(
             remark.split(": ")[1], "digits sign_eps_0.001 num_epochs_2 batch_size_4 (1), "
