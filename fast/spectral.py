@@ -41,7 +41,6 @@ from fast.dispatch import gradients, needs_formula
 from fields import Fields, split_types
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-CHUNK = 32  # samples that are transformed at a time: their intermediate results stay in the cache
 
 
 def strip_conv(
@@ -194,20 +193,18 @@ def _to_planar(x: Tensor, fields: Fields | None) -> Tensor:
     """Channels (the last dim) from the documented order to the planar one."""
     if fields is None or not fields.reg:
         return x
-    planar, scalars = torch.empty_like(x), fields.triv + fields.sign
-    planar[..., :scalars] = x[..., :scalars]
-    pairs = x[..., scalars:].unflatten(-1, (-1, 2))
-    planar[..., scalars:].unflatten(-1, (2, -1)).copy_(pairs.transpose(-1, -2))
-    return planar
+    scalars = fields.triv + fields.sign
+    first, second = x[..., scalars:].unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.cat([x[..., :scalars], first, second], -1)
 
 
-def _from_planar(planar: Tensor, fields: Fields | None, out: Tensor) -> None:
-    """The inverse of `_to_planar`, into `out`."""
-    scalars = planar.shape[-1] if fields is None else fields.triv + fields.sign
-    out[..., :scalars] = planar[..., :scalars]
-    if scalars < planar.shape[-1]:
-        pairs = planar[..., scalars:].unflatten(-1, (2, -1))
-        out[..., scalars:].unflatten(-1, (-1, 2)).copy_(pairs.transpose(-1, -2))
+def _from_planar(planar: Tensor, fields: Fields | None) -> Tensor:
+    """The inverse of `_to_planar`."""
+    if fields is None or not fields.reg:
+        return planar
+    scalars = fields.triv + fields.sign
+    pairs = torch.stack(planar[..., scalars:].chunk(2, -1), -1).flatten(-2)
+    return torch.cat([planar[..., :scalars], pairs], -1) if scalars else pairs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,13 +305,9 @@ def _analyse(x: Tensor, basis: Tensor, pad: int, fields: Fields | None) -> Tenso
     images, group = (2, channels) if fields is not None else (1, 2 * channels)
     halves = x.new_empty(half, images, length + 2 * pad, n, group)
     inner = halves.narrow(2, pad, length)
-    for part, target in zip(x.split(CHUNK), inner.split(CHUNK, dim=3)):
-        rows = _to_planar(part, fields).reshape(len(part), width, -1)
-        coefficients = torch.matmul(basis[:2 * half], rows)
-        coefficients = coefficients.view(len(part), 2, half, length, channels)
-        _to_halves(
-            _split_coefficients(coefficients, fields), _split_halves(target, fields), fields
-        )
+    rows = _to_planar(x, fields).reshape(n, width, -1)
+    coefficients = torch.matmul(basis[:2 * half], rows).view(n, 2, half, length, channels)
+    _to_halves(_split_coefficients(coefficients, fields), _split_halves(inner, fields), fields)
     _pad_(halves, pad, fields)
     return halves
 
@@ -345,11 +338,8 @@ class _Synthesis:
     def result(self) -> Tensor:
         """``(N, C, W, L)``, plus the bias."""
         n, _, length, channels = self.spectrum.shape
-        y = self.spectrum.new_empty(n, self.basis.shape[1], length, channels)
-        for part, out in zip(self.spectrum.split(CHUNK), y.split(CHUNK)):
-            planar = torch.matmul(self.basis.t(), part.flatten(2)).view_as(out)
-            _from_planar(planar, self.fields, out)
-        return y.permute(0, 3, 1, 2)
+        y = torch.matmul(self.basis.t(), self.spectrum.flatten(2))
+        return _from_planar(y.view(n, -1, length, channels), self.fields).permute(0, 3, 1, 2)
 
 
 class _SpectralConv(torch.autograd.Function):
