@@ -34,13 +34,13 @@ from convert_mnist import LENGTH, WIDTH
 from models import FEATURES, MODELS, POOLINGS, build_classifier, build_model
 from nn_layers import MobiusConv
 from fast import keep_freed_memory
-from training.data import CLASSES
 from training.environment import compiled, describe_environment, select_device
 from training.files import CommandLine, write_atomically
 from training.optimization import OPTIMIZERS
 from training.options import DEVICES, PRECISIONS
 
 TEXTBOOK = "textbook CNN"
+CLASSES = 10
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 

@@ -49,11 +49,7 @@ LATEST = object()  # --resume without a folder
 
 
 class Diverged(FloatingPointError):
-    """The loss of `run` is not finite."""
-
-    def __init__(self, message: str, run: "Run") -> None:
-        super().__init__(message)
-        self.run = run
+    """The loss of a run is not finite."""
 
 
 class Run:
@@ -181,7 +177,7 @@ class Run:
                 digits = batches(self.training_set, config.batch_size, self.order)
                 if self.deform:
                     drawn = self.deform.draw_epoch(self.steps, config.batch_size, self.order)
-                for step, (images, labels) in enumerate(progress(self, digits, self.bar)):
+                for step, (images, labels) in enumerate(progress(self, digits)):
                     # In the middle of the step.
                     lr = config.learning_rate(epoch + (step + 0.5) / self.steps)
                     for group in optimizer.param_groups:
@@ -239,7 +235,7 @@ class Run:
     def _diverged(self, what: str, step: int) -> Diverged:
         return Diverged(
             f"the loss {what} step {step} of {self.steps} in epoch {self.epoch + 1}: "
-            "a lower --lr may help", self
+            "a lower --lr may help"
         )
 
     def _finish_epoch(self, record: dict) -> None:

@@ -1,4 +1,6 @@
-"""When a twin stands in for its formula. The only file that uses private names of PyTorch."""
+"""When a twin stands in for its formula. The only file of fast/ that uses private names
+of PyTorch.
+"""
 
 import contextlib
 import functools

@@ -175,14 +175,14 @@ def _both_grids(x: Tensor, fields: Fields) -> tuple[Tensor, Tensor]:
     """Pooled from the even and from the odd columns, by comparing whole feature maps."""
     x = torch.cat([x, cross_cut(x.narrow(3, 0, 1), fields)], dim=3)
 
-    def of_windows(larger: Callable, x: Tensor) -> Tensor:
-        rows = larger(x[:, :, 0::2], x[:, :, 1::2])
-        return larger(rows[..., :-1], rows[..., 1:])
+    def of_windows(x: Tensor) -> Tensor:
+        rows = torch.maximum(x[:, :, 0::2], x[:, :, 1::2])
+        return torch.maximum(rows[..., :-1], rows[..., 1:])
 
-    windows = of_windows(torch.maximum, x)
+    windows = of_windows(x)
     if fields.sign:
         largest = sign_channels(windows, fields)
-        negated_smallest = of_windows(torch.maximum, -sign_channels(x, fields))
+        negated_smallest = of_windows(-sign_channels(x, fields))
         largest.copy_(signed_extremum(largest, negated_smallest))
     return windows[..., 0::2], windows[..., 1::2]
 

@@ -4,16 +4,15 @@ of the arithmetic.
 Across the width a strip ends: there are W rows, and zeros beyond. Taken as part of a circle of N =
 2F >= W + k//2 rows, they are F pairs of coefficients, of cos(theta_f w) and sin(theta_f w) about
 the strip's centre line, with theta_f = pi (f + 1/2) / F. There a convolution across the width is a
-product, one for each frequency. What is left
-is a convolution of k taps along the length: k multiplications where the plain formula has k².
+product, one for each frequency. What is left is a convolution of k taps along the length.
 
-For a conventional kernel that product is complex. A steerable one makes it real, and that halves
-the work again. Write fields in irreps (a regular field is a trivial and a sign-flip one: the sum
-and the difference of its two channels). Kernels between irreps are symmetric or antisymmetric. A
-symmetric one multiplies the coefficients of frequency f by C_f = sum_v K(v) cos(theta_f v), an
-antisymmetric one turns cosines into sines with S_f = sum_v K(v) sin(theta_f v). So the coefficients
-fall into two halves that never mix, the even and the odd ones under the reflection of the strip
-(its shift by L):
+For a conventional kernel that product is complex: about 2k multiplications for each value, where
+the plain formula has k². A steerable one makes it real, which leaves k. Write fields in irreps (a
+regular field is a trivial and a sign-flip one: the sum and the difference of its two channels).
+Kernels between irreps are symmetric or antisymmetric. A symmetric one multiplies the coefficients
+of frequency f by C_f = sum_v K(v) cos(theta_f v), an antisymmetric one turns cosines into sines
+with S_f = sum_v K(v) sin(theta_f v). So the coefficients fall into two halves that never mix, the
+even and the odd ones under the reflection of the strip (its shift by L):
 
     A_f = (cos of trivial, sin of sign-flip)    and    B_f = (sin of trivial, -cos of sign-flip),
 
@@ -25,7 +24,7 @@ and one real matrix acts on both of them:
 Crossing the cut reflects: A comes back as it is and B negated. That is the padding along the
 length.
 
-All tensors here are ``(N, C, W, L)`` in the memory format channels_last, on the CPU.
+Input and output are ``(N, C, W, L)`` in the memory format channels_last, on the CPU.
 Source of the kernels: arXiv:2106.06020, Section 5.3.3.
 """
 
@@ -45,24 +44,16 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 def strip_conv(
     formula: Callable, x: Tensor, kernel: Tensor, bias: Tensor | None,
-    in_fields: Fields, out_fields: Fields,
+    in_fields: Fields | None = None, out_fields: Fields | None = None,
 ) -> Tensor:
-    """Twin of `nn_layers.strip_conv`, for kernels that are steerable."""
-    return _conv(formula, x, kernel, bias, in_fields, out_fields)
-
-
-def naive_conv(formula: Callable, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """Twin of `nn_layers.naive_conv`, for any kernel."""
-    return _conv(formula, x, kernel, bias)
-
-
-def _conv(
-    formula: Callable, x: Tensor, kernel: Tensor, bias: Tensor | None, *fields: Fields
-) -> Tensor:
+    """Twin of `nn_layers.strip_conv` for steerable kernels; without fields, of `naive_conv`."""
     dtype = _compute_dtype(x, kernel)
     if dtype is None or not pays(x, *kernel.shape[::3]):
         return NotImplemented
-    return _SpectralConv.apply(x.to(dtype), kernel, bias, formula, *(fields or (None, None)))
+    return _SpectralConv.apply(x.to(dtype), kernel, bias, formula, in_fields, out_fields)
+
+
+naive_conv = strip_conv
 
 
 def pays(x: Tensor, out_channels: int, kernel_size: int) -> bool:
@@ -286,14 +277,14 @@ def _over_cut_(columns: Tensor, fields: Fields | None) -> Tensor:
 def _pad_(halves: Tensor, pad: int, fields: Fields | None) -> None:
     """Fill the first and the last `pad` of L + 2 pad columns from the inner ones."""
     length = halves.shape[-3] - 2 * pad
-    for outer, inner in ((0, length), (length + pad, pad)) if pad else ():
+    for outer, inner in ((0, length), (length + pad, pad)):
         _over_cut_(halves.narrow(-3, outer, pad).copy_(halves.narrow(-3, inner, pad)), fields)
 
 
 def _fold_(halves: Tensor, pad: int, fields: Fields | None) -> Tensor:
     """The transpose of `_pad_`: add the outer columns to the inner ones, and return these."""
     length = halves.shape[-3] - 2 * pad
-    for outer, inner in ((0, length), (length + pad, pad)) if pad else ():
+    for outer, inner in ((0, length), (length + pad, pad)):
         halves.narrow(-3, inner, pad).add_(_over_cut_(halves.narrow(-3, outer, pad), fields))
     return halves.narrow(-3, pad, length)
 

@@ -409,7 +409,7 @@ def model_table(models: Mapping[str, nn.Module]) -> Figure:
 
 
 def _shown_channels(x: Tensor, fields: Fields) -> list[int]:
-    """The channels of the field that varies most; if it has one, those of the two that do."""
+    """Two channels: of the regular field that varies most, or of the two other fields that do."""
     types, spread = channel_types(fields), x[0].flatten(1).std(1)
     best = spread.argmax().item()
     dim = REPRESENTATIONS[types[best]].dim
@@ -423,8 +423,9 @@ def equivariance(networks: Mapping[str, NetworkFeatures],
                  shown: Sequence[int] = (0, 1, 2, 4, 6)) -> Figure:
     """Features of a digit, the same shifted, those of the shifted digit, and differences.
 
-    It shows two channels of a layer: those of the regular field that varies most, or the two that
-    do. Below the differences stands the largest in any channel, relative to the largest feature.
+    It shows two channels of a layer: of the regular field that varies most, or of the two fields of
+    another type that do. Below the differences stands the largest in any channel, relative to the
+    largest feature.
 
     Args:
         networks: by their name in `MODELS`.

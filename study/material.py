@@ -152,7 +152,7 @@ class Material:
                 best, most = results, tested
         if best is None:
             raise ValueError(f"there are no runs of {' and '.join(NETWORKS.values())} in "
-                             f"{study.results / 'runs'}: python reproduce.py makes them")
+                             f"{study.results}: python reproduce.py makes them")
         return best
 
 

@@ -18,15 +18,14 @@ import visualize
 from models import (
     MODELS, POOLINGS, MobiusGaugeCNN, build_model, count_parameters, has_sign_flip_fields,
 )
-from study.runs import Study
+from study.runs import RESULTS, Study
 from study.shifts import consistency, read_error_against_shift
-from study.table import PAPER_RUNS, Cell, largest_cells, summary
+from study.table import PAPER_RUNS, Cell, largest_cells, markdown, summary
 from training.files import say, write_atomically
 from training.options import PRECISIONS, TRAIN_MODES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-RESULTS = ROOT / "results"
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER_FORMATS = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -34,11 +33,6 @@ NUMBER_FORMATS = {"fp32": "float32", "bf16": "bfloat16"}
 def filled(text: str) -> str:
     """A page with its tables as they should be."""
     return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n\n{block[3]}", text)
-
-
-def markdown(head: list[str], rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def read(name: str) -> dict:
@@ -222,9 +216,10 @@ TABLES = {
 def main() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        if filled(text) != text:
+        new = filled(text)
+        if new != text:
             with write_atomically(page) as file:
-                file.write(filled(text).encode())
+                file.write(new.encode())
             say(f"filled {page.relative_to(ROOT)}")
 
 

@@ -166,8 +166,8 @@ class Study:
         """
         if result := self.result(config):
             if result["data"]["sha256"] != data.sha256:
-                raise ValueError(f"{self.file(config)} is of a run on another {data.file}: "
-                                 "take another --results folder")
+                raise ValueError(f"{run_name(config)} in {self.results} is of a run on another "
+                                 f"{data.file}: take another --results folder")
             return None
         try:
             run = Run(config, self.folder(config), data, verbose=False, bar=self.bar)
@@ -199,7 +199,7 @@ class Study:
             return False
         if stored["status"] == "diverged":
             folder = run.folder.path
-            raise Diverged(f"{stored.get('reason')} (to try it again, delete {folder})", run)
+            raise Diverged(f"{stored.get('reason')} (to try it again, delete {folder})")
         # On a network file system, `file` may exist and not be visible yet: `publish` has deleted
         # the checkpoint, and the run stands at epoch 0.
         if stored["status"] == "finished" and not run.epoch:
@@ -234,7 +234,6 @@ class Progress:
 
     def begin(self, run: Run) -> None:
         """This process trains a run."""
-        self.epochs_of_current_run = 0
         if self.verbose:
             start = f" from epoch {run.epoch + 1} on" if run.epoch else ""
             say(f"training {run_name(run.config)}{start}")

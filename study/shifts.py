@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 import fast
-from convert_mnist import LENGTH
 from study.runs import Study, run_name, settings_not_in_paper
 from train import predict_at_every_shift
 from training.checkpoints import load_network
@@ -26,8 +25,8 @@ def check_weights(study: Study) -> None:
             raise ValueError(f"{run_name(config)} is not finished: without "
                              "--error_against_shift, the same command trains it")
         if not weights.exists():
-            raise ValueError(f"there is {study.file(config)}, but not {weights} (the runs that "
-                             "come with this code have no weights): take another --results "
+            raise ValueError(f"{run_name(config)} is finished, but there is no {weights} (the runs "
+                             "that come with this code have no weights): take another --results "
                              "folder, and train it there without --error_against_shift")
 
 
@@ -74,7 +73,7 @@ def measure_error_against_shift(study: Study, data: Data, device: torch.device) 
             with fast.disabled():
                 predictions = predict_at_every_shift(model, images)
             rows[-1]["changed_formulas"] = int((predictions != predictions[0]).sum())
-        shifts = list(range(2 * LENGTH))
+        shifts = list(range(len(errors)))
         write_json(path, {"format": FORMAT, "shifts": shifts, "rows": rows})
         say(f"{name}: {min(errors):.2f} to {max(errors):.2f} %, "
             f"{consistency(rows[-1])} of the predictions as at shift 0")

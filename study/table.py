@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from convert_mnist import SOURCES
 from models import MODELS, has_sign_flip_fields
 from study.runs import OTHER_DEFAULTS, RESULTS, Study, run_name, settings_not_in_paper
 from study.statistics import Comparison, compare, holm
@@ -74,7 +75,8 @@ class Cell:
         self.errors = [result["test_error"][test_digits] for result in results.values() if result]
         self.hashes = {result["data"]["sha256"] for result in results.values() if result}
         self.missing = [seed for seed, result in results.items() if not result]
-        published = paper and self.config.dataset == "mnist" and test_digits == "shifted"
+        mnist = self.config.digits in ("mnist", SOURCES["mnist"].path.stem)
+        published = paper and mnist and test_digits == "shifted"
         self.paper = paper.get(model, {}).get(train_mode) if published else None
 
     @property
@@ -170,12 +172,14 @@ def table(study: Study, paper: Paper, style: str = "text") -> str:
         for (cell, _), p in zip(compared, holm([getattr(found, name) for _, found in compared])):
             setattr(cell, name, p)
     if len(set().union(*(cell.hashes for cell in cells))) > 1:
-        raise ValueError(f"the runs in {study.results / 'runs'} are on different npz files: "
+        raise ValueError(f"the runs in {study.results} are on different npz files: "
                          "no table of them")
     if style == "csv":
         return _csv(cells)
-    parts = [f"Test error in % ({digits}): mean ± standard deviation (runs)",
-             (_markdown if style == "markdown" else _text)(_rows(cells))]
+    head, *rows = _rows(cells)
+    lines = (markdown(head, [[f"`{name}`", *columns] for name, *columns in rows])
+             if style == "markdown" else _text([head, *rows]))
+    parts = [f"Test error in % ({digits}): mean ± standard deviation (runs)", lines]
     if any(cell.paper for cell in cells):
         parts.append(
             f"The paper has {PAPER_RUNS} runs on shifted test digits. Difference: of the means, "
@@ -227,10 +231,10 @@ def _text(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *([f"`{name}`", *cells] for name, *cells in body)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def markdown(head: list[str], rows: list[list]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _csv(cells: list[Cell]) -> str:

@@ -353,6 +353,7 @@ class TestReproduce(RunsCase):
     def test_table(self):
         """The figures against NumPy's, and SciPy's tests of two samples."""
         from scipy.stats import ttest_ind
+        self.data = "mobius_MNIST.npz"  # the paper's figures are of no other digits
         study = self.study("--models", *MODELS, "--train_modes", "centered", "shifted", "--runs",
                            "5")
         random = np.random.default_rng(0)
@@ -372,7 +373,7 @@ class TestReproduce(RunsCase):
         rows = list(csv.DictReader(io.StringIO(self.main(reproduce, *options, "csv"))))
         self.assertEqual(len(rows), 7 * 2 * 2)
         settings = {(row["digits"], row["settings"]) for row in rows}
-        self.assertEqual(settings, {("digits", "num_epochs=2 batch_size=4")})
+        self.assertEqual(settings, {("mobius_MNIST", "num_epochs=2 batch_size=4")})
         text, markdown = self.main(reproduce, *options), self.main(reproduce, *options, "markdown")
         uncorrected = {"p": [], "p_margin": []}
         compared = [row for row in rows if row["test_digits"] == "shifted"]
@@ -426,7 +427,8 @@ class TestReproduce(RunsCase):
         cell = Cell(study, "mobius_regular", "centered", "shifted", reproduce.PAPER)
         cell.p, cell.p_margin = 0.01, 0.02
         self.assertEqual(cell.verdict, "differs, by less than 0.1")
-        self.assertIn("Not the paper's protocol: data digits.npz, num_epochs 2, batch_size 4", text)
+        self.assertIn("Not the paper's protocol: data mobius_MNIST.npz, num_epochs 2, batch_size 4",
+                      text)
         self.assertNotIn("Missing", text)
 
     def test_pack(self):
@@ -548,6 +550,7 @@ class TestReproduce(RunsCase):
         self.assertEqual([study.result(config) for config in study.configs], before)
 
     def test_incomplete_table(self):
+        self.data = "mobius_MNIST.npz"
         study = self.study("--runs", "6")
         self.write_results(study, lambda config, version: 1 + config.seed)
         options = self.options("--runs", "6", "--table")
@@ -563,7 +566,7 @@ class TestReproduce(RunsCase):
         # The remark names results that are not shown.
         self.assertNotIn("other options", text)
         self.assertIn(
-            "Finished runs with other options: digits num_epochs_2 batch_size_4 (8)\n",
+            "Finished runs with other options: mobius_MNIST num_epochs_2 batch_size_4 (8)\n",
             self.main(reproduce, *options, "--lr", "0.1"))
         study.file(study.configs[0]).unlink()
         self.assertRegex(self.main(reproduce, *options),
@@ -572,8 +575,9 @@ class TestReproduce(RunsCase):
             path.unlink()
         self.assertRegex(self.main(reproduce, *options),
                          r"mobius_regular +centered +- +1.23 ± 0.07")
-        text = self.main(reproduce, *self.options("--table", "--dataset", "digits")[2:])
-        self.assertNotIn("1.23", text)
+        for other in (self.options("--table", "--dataset", "digits")[2:],
+                      self.options("--table", "--data", "mine.npz")):
+            self.assertNotIn("1.23", self.main(reproduce, *other))
 
     def test_a_result_from_before_an_option(self):
         """The option had its default."""
@@ -599,6 +603,7 @@ class TestReproduce(RunsCase):
 
     def test_rows_of_other_settings(self):
         """Runs that differ in sign_eps or precision have rows of their own."""
+        self.data = "mobius_MNIST.npz"
         asked = ("--models", "mobius_signflip", "mobius_regular", "--runs", "5", "--precision",
                  "bf16")
         other = ("--models", "mobius_signflip", "--runs", "5", "--sign_eps", "1e-8")
@@ -651,8 +656,8 @@ class TestReproduce(RunsCase):
             if line.startswith("Finished runs with other options")
         ]
         self.assertEqual(
-            remark.split(": ")[1], "digits sign_eps_0.001 num_epochs_2 batch_size_4 (1), "
-            "digits sign_eps_1e-08 num_epochs_2 batch_size_4 lr_0.1 (5)")
+            remark.split(": ")[1], "mobius_MNIST sign_eps_0.001 num_epochs_2 batch_size_4 (1), "
+            "mobius_MNIST sign_eps_1e-08 num_epochs_2 batch_size_4 lr_0.1 (5)")
 
     def test_error_against_shift(self):
         options = self.options("--models", "mobius_regular", "--runs", "1", "--num_epochs", "1")
@@ -773,6 +778,7 @@ class TestReproduce(RunsCase):
                              contains=["WORLD_SIZE=many", "torchrun"])
         with mock.patch.dict(os.environ, {"RANK": "3"}):
             self.assertFails(reproduce.main, *self.options(), contains=["RANK=3", "WORLD_SIZE=1"])
+        self.data = "mobius_MNIST.npz"
         with not_installed("scipy.stats"):
             study = self.study("--runs", "5")
             self.write_results(study, lambda config, version: 1 + config.seed)

@@ -13,7 +13,6 @@ import torch
 from convert_mnist import SOURCES, Split, convert
 from models import check_images
 
-CLASSES = 10  # of digits
 MOST_CLASSES = 10_000  # a larger label is a mistake
 KEYS = tuple(
     f"{split}_{array}"
@@ -70,7 +69,7 @@ def find_data(config, device: torch.device) -> Data:
 def load_dataset(path, device="cpu") -> dict[str, Split]:
     """Read and check an npz with the arrays of data/README.md.
 
-    Images and labels may have any float type; the shifts may be missing.
+    Images may have any float type, labels any type of real numbers; the shifts may be missing.
 
     Args:
         path: of the npz.

@@ -19,8 +19,8 @@ CARD = (4.2, 3)  # inches
 class RunEvents:
     """Writes the events of a run into its folder, and pictures into pictures/ in it.
 
-    The separate folder lets TensorBoard discard curves without pictures when a run goes on: all
-    curves are written anew, but only pictures of this and later epochs.
+    When a run goes on, TensorBoard discards all curves, and they are written anew. In the separate
+    folder, it discards only the pictures of this and later epochs.
 
     Args:
         path: of the run's folder.

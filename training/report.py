@@ -67,13 +67,13 @@ def _report_end(run, status: str, reason: str | None = None) -> None:
             run.folder.say(f"{line}  ({run.folder.path})")
 
 
-def progress(run, steps: Iterable, bar: bool) -> Iterable:
+def progress(run, steps: Iterable) -> Iterable:
     """The steps of an epoch, with a progress bar if this is a terminal."""
     config = run.config
     name = f"epoch {run.epoch + 1}/{config.num_epochs}"
     if not run.folder.verbose:
         name = f"{config.model} trained on {config.train_mode}, seed {config.seed}, {name}"
-    disable = None if bar else True  # None: if this is not a terminal
+    disable = None if run.bar else True  # None: if this is not a terminal
     return tqdm(steps, desc=name, total=run.steps, leave=False, disable=disable)
 
 
