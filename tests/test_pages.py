@@ -68,10 +68,10 @@ class TestPages(FilesCase):
             (row["model"], *row["settings"].values()): row["changed"]
             for row in pages.read("error_against_shift.json")["rows"]
         }
-        (step,) = [
-            row["step"]["ratio"] for row in pages.read("benchmark.json")["rows"]
-            if (row["model"], row["precision"]) == ("mobius_regular", "fp32")
-        ]
+        step = {
+            row["precision"]: row["step"]["ratio"] for row in pages.read("benchmark.json")["rows"]
+            if row["model"] == "mobius_regular"
+        }
         curves = pages.read("gradient_norms.json")["curves"]
         confused = {
             name: (10000 - sum(rows[i][i] for i in range(10)), rows[2][5] + rows[5][2])
@@ -84,7 +84,8 @@ class TestPages(FilesCase):
             (README, f"where {changed['mobius_regular',]:,} do"),
             *((README, f"{cell.mean:.2f} ± {cell.std:.2f} % ({cell.n} runs)")
               for cell in regular.values()),
-            (README, f"takes {step:.2f} times as long"),
+            (README, f"takes {step['fp32']:.2f} times as long"),
+            (README, f"bfloat16 {step['bf16']:.2f} times"),
             (self.page("results"), "{1} times among its {0} errors on centered digits".format(
                 *confused["mobius_regular"]
             )),
