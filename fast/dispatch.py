@@ -1,5 +1,6 @@
-"""When a twin stands in for its formula. The only file of fast/ that uses private names
-of PyTorch.
+"""When a twin stands in for its formula.
+
+The only file of fast/ that uses private names of PyTorch.
 """
 
 import contextlib

@@ -195,6 +195,7 @@ def _from_planar(planar: Tensor, fields: Fields | None) -> Tensor:
         return planar
     scalars = fields.triv + fields.sign
     pairs = torch.stack(planar[..., scalars:].chunk(2, -1), -1).flatten(-2)
+    # With regular fields only, cat would copy them a second time.
     return torch.cat([planar[..., :scalars], pairs], -1) if scalars else pairs
 
 
