@@ -50,7 +50,9 @@ def strip_conv(
     dtype = _compute_dtype(x, kernel)
     if dtype is None or not pays(x, *kernel.shape[::3]):
         return NotImplemented
-    return _SpectralConv.apply(x.to(dtype), kernel, bias, formula, in_fields, out_fields)
+    with torch.autocast("cpu", enabled=False):
+        matrices = _kept_spectrum(kernel, in_fields, out_fields, x.shape[2], dtype)
+    return _SpectralConv.apply(x.to(dtype), kernel, matrices, bias, formula, in_fields, out_fields)
 
 
 naive_conv = strip_conv
@@ -139,14 +141,15 @@ def _kept_spectrum(
     dtype: torch.dtype,
 ) -> Tensor:
     """`spectrum` in `dtype`, computed once for a kernel of `kept_without_gradients`."""
-    derived, key = getattr(kernel, "derived", {}), (width, dtype)
-    matrices = derived.get(key)
-    if matrices is None:
-        matrices = spectrum(kernel, in_fields, out_fields, width).to(dtype)
+    derived, key = getattr(kernel, "derived", None), (width, dtype)
+    if derived is None:
+        return spectrum(kernel, in_fields, out_fields, width).to(dtype)
+    if key not in derived:
         if len(derived) >= 8:  # strips of many widths
             derived.clear()
-        derived[key] = matrices
-    return matrices
+        with torch.inference_mode(False):  # as the kernel: for autograd later
+            derived[key] = spectrum(kernel, in_fields, out_fields, width).to(dtype)
+    return derived[key]
 
 
 def _transform(kernel: Tensor, width: int) -> Tensor:
@@ -335,32 +338,36 @@ class _Synthesis:
 
 
 class _SpectralConv(torch.autograd.Function):
-    """Keeps input, kernel and bias: the halves are cheap to compute again."""
+    """The convolution by `matrices`, the spectrum of `kernel`.
+
+    In backward, the gradient goes to the matrices, and autograd takes it on to the kernel. If it is
+    the formula's, it goes to the kernel at once.
+    """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, kernel: Tensor, bias: Tensor | None, formula: Callable,
+        ctx, x: Tensor, kernel: Tensor, matrices: Tensor, bias: Tensor | None, formula: Callable,
         in_fields: Fields | None, out_fields: Fields | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, kernel, bias)
-        ctx.formula, ctx.fields = formula, (in_fields, out_fields)
         n, _, width, length = x.shape
         c_out, _, _, k = kernel.shape
         with torch.autocast("cpu", enabled=False):
-            matrices = _kept_spectrum(kernel, in_fields, out_fields, width, x.dtype)
             basis = _basis(width, k, x.dtype)
             halves = _analyse(x.permute(0, 2, 3, 1), basis, k // 2, in_fields)
-            bias = None if bias is None else bias.to(x.dtype)
-            synthesis = _Synthesis(n, length, c_out, basis, out_fields, bias)
+            row = None if bias is None else bias.to(x.dtype)
+            synthesis = _Synthesis(n, length, c_out, basis, out_fields, row)
             for f, taps in enumerate(matrices):
                 image = F.conv2d(halves[f].permute(0, 3, 1, 2), taps.unsqueeze(3))
                 synthesis.write(f, image.permute(0, 2, 3, 1))
-            return synthesis.result()
+        ctx.save_for_backward(x, kernel, matrices, bias, halves)
+        ctx.formula, ctx.fields = formula, (in_fields, out_fields)
+        return synthesis.result()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, kernel, bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        x, kernel, matrices, bias, halves = ctx.saved_tensors
+        needs_x, needs_kernel, needs_matrices, needs_bias = ctx.needs_input_grad[:4]
+        grad_x = grad_kernel = grad_matrices = grad_bias = None
         with torch.autocast("cpu", enabled=False):
             if needs_formula(grad):
                 fields = () if ctx.fields[0] is None else ctx.fields
@@ -369,49 +376,45 @@ class _SpectralConv(torch.autograd.Function):
                     bias = None if bias is None else bias.to(x.dtype)
                     return ctx.formula(x, kernel.to(x.dtype), bias, *fields)
 
-                return *gradients(conv, (x, kernel, bias), needs, grad), None, None, None
-            grad_bias = grad.sum(dim=(0, 2, 3), dtype=bias.dtype) if needs[2] else None
-            grad_x = grad_kernel = None
-            if needs[0] or needs[1]:  # a frozen layer may train its bias alone
-                grad_x, grad_kernel = _gradients(x, kernel, grad, needs, *ctx.fields)
-            return grad_x, grad_kernel, grad_bias, None, None, None
+                needs = needs_x, needs_kernel, needs_bias
+                grad_x, grad_kernel, grad_bias = gradients(conv, (x, kernel, bias), needs, grad)
+            else:
+                if needs_bias:
+                    grad_bias = grad.sum(dim=(0, 2, 3)).to(bias.dtype)
+                if needs_x or needs_matrices:  # a frozen layer may train its bias alone
+                    grad_x, grad_matrices = _gradients(
+                        x, matrices, halves, grad, needs_x, needs_matrices, *ctx.fields
+                    )
+        return grad_x, grad_kernel, grad_matrices, grad_bias, None, None, None
 
 
 def _gradients(
-    x: Tensor, kernel: Tensor, grad: Tensor, needs: tuple[bool, ...],
-    in_fields: Fields | None, out_fields: Fields | None,
+    x: Tensor, matrices: Tensor, halves: Tensor, grad: Tensor, needs_x: bool,
+    needs_matrices: bool, in_fields: Fields | None, out_fields: Fields | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients with respect to input and kernel."""
-    n, _, width, length = x.shape
-    c_out, c_in, _, k = kernel.shape
-    with torch.enable_grad():
-        kernel = kernel.detach().requires_grad_()
-        matrices = spectrum(kernel, in_fields, out_fields, width)
-    taps = matrices.detach().to(x.dtype)
+    """Gradients with respect to the input and the matrices."""
+    n, c_in, width, length = x.shape
+    k = matrices.shape[3]
     basis = _basis(width, k, x.dtype)
     grad_y = _analyse(grad.permute(0, 2, 3, 1), basis, 0, out_fields)
-    halves = _analyse(x.permute(0, 2, 3, 1), basis, k // 2, in_fields)
-    synthesis = _Synthesis(n, length, c_in, basis, in_fields) if needs[0] else None
-    grad_matrices = torch.empty_like(matrices) if needs[1] else None
+    synthesis = _Synthesis(n, length, c_in, basis, in_fields) if needs_x else None
+    grad_matrices = torch.empty_like(matrices) if needs_matrices else None
     # oneDNN's kernel gradient in float32 has half its usual speed for k taps. With many channels, k
     # shifted copies side by side and a convolution of one tap win.
-    by_copies = needs[1] and x.dtype == torch.float32 and min(taps.shape[1:3]) >= 32
-    for f in range(len(taps)):
+    by_copies = needs_matrices and x.dtype == torch.float32 and min(matrices.shape[1:3]) >= 32
+    for f, taps in enumerate(matrices):
         images = grad_y[f].permute(0, 3, 1, 2), halves[f].permute(0, 3, 1, 2)
         grad_image, grad_taps, _ = torch.ops.aten.convolution_backward(
-            *images, taps[f].unsqueeze(3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
-            [needs[0], needs[1] and not by_copies, False],
+            *images, taps.unsqueeze(3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+            [needs_x, needs_matrices and not by_copies, False],
         )
-        if needs[0]:
+        if needs_x:
             synthesis.write(f, _fold_(grad_image.permute(0, 2, 3, 1), k // 2, in_fields))
-        if needs[1]:
-            if by_copies:
-                grad_matrices[f] = _taps_gradient(halves[f], grad_y[f], k)
-            else:
-                grad_matrices[f] = grad_taps.squeeze(3)
-    grad_x = synthesis.result() if needs[0] else None
-    grad_kernel = torch.autograd.grad(matrices, kernel, grad_matrices)[0] if needs[1] else None
-    return grad_x, grad_kernel
+        if by_copies:
+            grad_matrices[f] = _taps_gradient(halves[f], grad_y[f], k)
+        elif needs_matrices:
+            grad_matrices[f] = grad_taps.squeeze(3)
+    return synthesis.result() if needs_x else None, grad_matrices
 
 
 def _taps_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
@@ -421,16 +424,17 @@ def _taps_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
         x: input ``(images, L + k - 1, N, i)``.
         grad: gradient of the output ``(images, L, N, o)``.
     """
-    images, length, n, o = grad.shape
-    i = x.shape[3]
+    i, o = x.shape[3], grad.shape[3]
     if i <= o:
-        copies = x.unfold(1, k, 1).transpose(3, 4).contiguous()
-        return _product(copies.flatten(3), grad).view(o, k, i).transpose(1, 2)
-    # Fewer channels to copy on the other side.
-    copies = grad.new_zeros(images, length + k - 1, n, k, o)
-    for tap in range(k):
-        copies[:, tap:tap + length, :, tap] = grad
-    return _product(x, copies.flatten(3)).view(k, o, i).permute(1, 2, 0)
+        return _product(_taps(x, k), grad).view(o, k, i).transpose(1, 2)
+    # Fewer channels to copy on the other side, where the last tap comes first.
+    copies = _taps(F.pad(grad, (0, 0, 0, 0, k - 1, k - 1)), k)
+    return _product(x, copies).view(k, o, i).flip(0).permute(1, 2, 0)
+
+
+def _taps(x: Tensor, k: int) -> Tensor:
+    """Every k columns side by side: ``(…, L, N, C)`` to ``(…, L - k + 1, N, k C)``."""
+    return x.unfold(1, k, 1).transpose(3, 4).flatten(3)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
