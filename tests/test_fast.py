@@ -26,7 +26,7 @@ from fast import TWINS
 from fields import Fields, isometry_action, sample_norms
 from models import MODELS, POOLINGS, build_model, has_sign_flip_fields
 from nn_layers import (
-    EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, strip_pool, transport_pad,
+    EquivNonlin, MobiusConv, MobiusConvNaive, MobiusPool, strip_conv, strip_pool, transport_pad,
 )
 from polyphase import PolyphasePool
 from tests.reference import (
@@ -306,6 +306,18 @@ class TestTwins(FastCase):
                     self.assertSame(actual, expected, TOLERANCES[dtype], about)
                 self.assertEqual(calls > 0, cases > 0, "a twin that declines in all cases")
                 self.assertTrue(cases or dtype == torch.bfloat16)
+
+    def test_in_place_operations_on_the_result(self):
+        """As of nn.ReLU(inplace=True) after a layer."""
+        for name, function in TWINS.items():
+            with self.subTest(name), everywhere_spectral():
+                for case in CASES[name](torch.float32):
+                    inputs = [x.detach().requires_grad_() for x in case.inputs]
+                    results = []
+                    for relu in (torch.relu, torch.relu_):
+                        y = function(*case.of(*(x + 0 for x in inputs)))  # no leaves
+                        results.append(torch.autograd.grad(relu(y).sum(), inputs))
+                    self.assertSame(*results, 1e-4, f"{name}, {case.about}")
 
     def test_the_register(self):
         self.assertEqual(set(TWINS), set(CASES))
@@ -758,6 +770,16 @@ class TestKeptKernels(FastCase):
                 with fast.disabled(), torch.no_grad():
                     layer(x)
                     self.assertEqual(calls()[0], 4)
+
+    def test_a_kept_kernel_that_is_trained(self):
+        layer, x = self.layer(), self.inputs[0]
+        with torch.no_grad():
+            layer(x)
+            kernel, bias = layer.expand()
+        kernel.requires_grad_()
+        for _ in range(2):  # each call with a graph of its own
+            y = strip_conv(x, kernel, bias, layer.in_fields, layer.out_fields)
+            self.assertGreater(torch.autograd.grad(y.sum(), kernel)[0].abs().max(), 0)
 
     def test_no_bias(self):
         layer = randomized(MobiusConv((1, 0, 0), (0, 2, 0), 3, dtype=DOUBLE))
