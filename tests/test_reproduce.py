@@ -699,9 +699,15 @@ class TestReproduce(RunsCase):
         row, ours = json.loads(path.read_text())["rows"]
         self.assertEqual((ours["settings"]["pooling"], ours["changed"], ours["first_changed"],
                           ours["changed_formulas"]), ("polyphase", 0, [], 0))
-        # It is there already.
+        # It is there already; then only in part.
         with mock.patch("study.shifts.predict_at_every_shift", side_effect=AssertionError):
             self.main(reproduce, *options, "--error_against_shift")
+        del content["rows"][0]["changed_formulas"]
+        path.write_text(json.dumps(content))
+        twins.clear()
+        with mock.patch("study.shifts.predict_at_every_shift", predict):
+            self.main(reproduce, *options, "--error_against_shift")
+        self.assertEqual((twins, json.loads(path.read_text())["rows"]), ([False], [row]))
         path.write_text("{")
         self.assertFails(reproduce.main, *options, "--error_against_shift",
                          contains=[str(path), "truncated"])
