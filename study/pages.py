@@ -5,6 +5,7 @@
 A table stands between ``<!-- NAME -->`` and ``<!-- end -->``, where NAME is one of `TABLES`.
 """
 
+import itertools
 import json
 import re
 from functools import partial
@@ -114,13 +115,16 @@ def shifts() -> str:
 
 
 def poolings() -> str:
-    rows = []
-    for pooling in POOLINGS:
-        options = {"precision": "bf16", "pooling": pooling}
-        study = Study(reproduce.plan(3, ["mobius_regular"], list(TRAIN_MODES), options))
-        cells = [Cell(study, "mobius_regular", mode, "shifted") for mode in TRAIN_MODES]
-        rows.append(["`mobius_regular`", f"`{pooling}`", *cells])
-    return markdown(["model", "`--pooling`", "trained on centered", "trained on shifted"], rows)
+    columns, rows = list(itertools.product(TRAIN_MODES, POOLINGS)), []
+    for model in MODELS:
+        cells = []
+        for mode, pooling in columns:
+            options = {"precision": "bf16", "pooling": pooling}
+            cells.append(Cell(Study(reproduce.plan(3, [model], [mode], options)),
+                              model, mode, "shifted"))
+        if any(cell.errors for cell, (_, pooling) in zip(cells, columns) if pooling != "fixed"):
+            rows.append([f"`{model}`", *cells])
+    return markdown(["model", *(f"{mode}, {pooling}" for mode, pooling in columns)], rows)
 
 
 def recipes() -> str:
