@@ -67,7 +67,7 @@ def results() -> str:
     options = {"precision": "bf16"}
     study = Study(reproduce.plan(PAPER_RUNS, list(MODELS), list(TRAIN_MODES), options))
     text = reproduce.table(study, reproduce.PAPER, "markdown")
-    return text.partition("Not the paper's protocol")[0].rstrip()
+    return text.partition("Not the defaults")[0].rstrip()
 
 
 def signs() -> str:

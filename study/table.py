@@ -264,7 +264,7 @@ def _remarks(study: Study, cells: list[Cell]) -> list[str]:
     settings |= settings_not_in_paper(config)
     if settings:
         shown = ", ".join(f"{name} {value}" for name, value in settings.items())
-        remarks.append(f"Not the paper's protocol: {shown}")
+        remarks.append(f"Not the defaults: {shown}")
     incomplete = [cell for cell in cells if cell.missing and not cell.settings]
     if incomplete:
         others = _runs_not_shown(study, cells)

@@ -427,7 +427,7 @@ class TestReproduce(RunsCase):
         cell = Cell(study, "mobius_regular", "centered", "shifted", reproduce.PAPER)
         cell.p, cell.p_margin = 0.01, 0.02
         self.assertEqual(cell.verdict, "differs, by less than 0.1")
-        self.assertIn("Not the paper's protocol: data mobius_MNIST.npz, num_epochs 2, batch_size 4",
+        self.assertIn("Not the defaults: data mobius_MNIST.npz, num_epochs 2, batch_size 4",
                       text)
         self.assertNotIn("Missing", text)
 

@@ -141,7 +141,7 @@ class TestTrain(RunsCase):
         self.assertEqual((folder / "log.txt").read_text(), printed)
         lines = printed.splitlines()
         self.assertEqual(len(lines), 5)
-        self.assertEqual(lines[1], "not the paper's protocol: num_epochs 2, batch_size 16")
+        self.assertEqual(lines[1], "not the defaults: num_epochs 2, batch_size 16")
         for version, error in stored["test_error"].items():
             self.assertIn(f"{version} {error:.2f} %", lines[-1])
         self.assertRegex(
@@ -339,7 +339,7 @@ class TestTrain(RunsCase):
             train, *self.options("--recipe", "improved", "--batch_size", "16", "--num_epochs", "2")
         )
         self.assertIn(
-            "not the paper's protocol: pooling polyphase, dropout 0.1, num_epochs 2, "
+            "not the defaults: pooling polyphase, dropout 0.1, num_epochs 2, "
             "batch_size 16, optimizer muon, lr 0.003",
             printed,
         )

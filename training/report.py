@@ -29,7 +29,7 @@ def reported(run):
     )
     if settings := config.settings_not_in_paper(IN_FIRST_LINE):
         settings = ", ".join(f"{name} {value}" for name, value in settings.items())
-        folder.say(f"not the paper's protocol: {settings}")
+        folder.say(f"not the defaults: {settings}")
     try:
         if run.epoch:
             folder.say(f"continued after epoch {run.epoch} of {config.num_epochs}")
