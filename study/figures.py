@@ -479,9 +479,9 @@ def error_against_shift(rows: list[dict], size: tuple[float, float] = (8.6, 4.2)
     modes = {train_mode for _, _, train_mode in groups}
     common = f"trained on {modes.pop()} digits" if len(modes) == 1 else ""
     length = len(rows[0]["errors"]) // 2
-    curves, lines = [], {}  # lines: number of each model's so far, in the order of their settings
+    curves, kinds = [], sorted({(settings, mode) for _, settings, mode in groups})
     for (model, settings, train_mode), errors in sorted(groups.items()):
-        lines[model] = number = (lines.get(model, -1) + 1) % 4
+        number = kinds.index((settings, train_mode)) % 4  # the same kind of line for all models
         mode = "" if common else f", trained on {train_mode} digits"
         curves.append(([sum(column) / len(column) for column in zip(*errors)], {
             "label": f"{model_label(model)}{settings}{mode}", "color": model_colour(model),

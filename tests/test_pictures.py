@@ -339,8 +339,12 @@ class TestPictures(Case):
         self.assertEqual([list(line.get_ydata()) for line in inset.lines],
                          [[1.25] * 56, [1.5] * 56])
         self.assertEqual(figures.error_against_shift(ROWS[2:]).axes[0].child_axes, [])
-        # The same settings have the same kind of line, in any order of the rows. Labels name the
-        # training digits where they differ.
+        # The same settings have the same kind of line in all models, in any order of the rows.
+        other = ROWS[3] | {"model": "mobius_irrep"}
+        (axes,) = figures.error_against_shift([other, *ROWS]).axes
+        polyphase = [line for line in axes.lines if "polyphase" in line.get_label()]
+        self.assertEqual([line.get_linestyle() for line in polyphase], ["--", "--"])
+        # Labels name the training digits where they differ.
         rows = [ROWS[3], ROWS[2], ROWS[0], ROWS[0] | {"train_mode": "shifted"}]
         (axes,) = figures.error_against_shift(rows).axes
         self.assertEqual(
@@ -352,7 +356,7 @@ class TestPictures(Case):
                 "CNN (channels), trained on centered digits": "-",
                 "CNN (channels), trained on shifted digits": "--",
                 "gauge CNN (regular), trained on centered digits": "-",
-                "gauge CNN (regular), pooling polyphase, trained on centered digits": "--",
+                "gauge CNN (regular), pooling polyphase, trained on centered digits": ":",
             })
         # A network without errors can be drawn too.
         for errors in ([0.0] * 56, [0.0, 2.0] * 28):
