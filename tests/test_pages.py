@@ -68,6 +68,8 @@ class TestPages(FilesCase):
             (row["model"], *row["settings"].values()): row["changed"]
             for row in pages.read("error_against_shift.json")["rows"]
         }
+        others = "mobius_signflip", "mobius_irrep", "mobius_mixed"
+        self.assertEqual([changed[model, "polyphase"] for model in others], [0, 0, 0])
         step = {
             row["precision"]: row["step"]["ratio"] for row in pages.read("benchmark.json")["rows"]
             if row["model"] == "mobius_regular"
@@ -82,6 +84,7 @@ class TestPages(FilesCase):
             (README, f"conventional CNN has {cnn.mean:.0f} %"),
             (README, f"{changed['mobius_regular', 'polyphase']} change under all 56 shifts"),
             (README, f"where {changed['mobius_regular',]:,} do"),
+            (README, "`{}`, `{}` and `{}` do not change".format(*others)),
             *((README, f"{cell.mean:.2f} ± {cell.std:.2f} % ({cell.n} runs)")
               for cell in regular.values()),
             (README, f"takes {step['fp32']:.2f} times as long"),
