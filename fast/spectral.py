@@ -369,10 +369,11 @@ class _SpectralConv(torch.autograd.Function):
             for f, taps in enumerate(matrices):
                 image = F.conv2d(halves[f].permute(0, 3, 1, 2), taps.unsqueeze(3))
                 synthesis.write(f, image.permute(0, 2, 3, 1))
+            y = synthesis.result()
         ctx.save_for_backward(x, kernel, matrices, bias, halves)
         ctx.formula, ctx.fields = formula, (in_fields, out_fields)
         # In-place operations may change the result, which they may not if it is a view from here.
-        return synthesis.result().data
+        return y.data
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -115,13 +115,14 @@ def shifts() -> str:
 
 
 def poolings() -> str:
-    columns, rows = list(itertools.product(TRAIN_MODES, POOLINGS)), []
-    for model in MODELS:
-        cells = []
-        for mode, pooling in columns:
-            options = {"precision": "bf16", "pooling": pooling}
-            cells.append(Cell(Study(reproduce.plan(3, [model], [mode], options)),
-                              model, mode, "shifted"))
+    models, modes = list(MODELS), list(TRAIN_MODES)
+    studies = {
+        pooling: Study(reproduce.plan(3, models, modes, {"precision": "bf16", "pooling": pooling}))
+        for pooling in POOLINGS
+    }
+    columns, rows = list(itertools.product(modes, POOLINGS)), []
+    for model in models:
+        cells = [Cell(studies[pooling], model, mode, "shifted") for mode, pooling in columns]
         if any(cell.errors for cell, (_, pooling) in zip(cells, columns) if pooling != "fixed"):
             rows.append([f"`{model}`", *cells])
     return markdown(["model", *(f"{mode}, {pooling}" for mode, pooling in columns)], rows)
