@@ -462,16 +462,14 @@ def equivariance(networks: Mapping[str, NetworkFeatures],
 
 
 def error_against_shift(rows: list[dict], size: tuple[float, float] = (8.6, 4.2)) -> Figure:
-    """Test error of networks on digits moved by each isometry; an inset magnifies flat curves.
+    """Test error of networks on digits moved by each isometry; flat curves again, magnified.
 
     Runs that differ in the seed alone are one line, their mean.
 
     Args:
         rows: as in error_against_shift.json.
-        size: in inches.
+        size: in inches, without the magnified curves.
     """
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
     groups = {}
     for row in rows:
         settings = "".join(f", {name} {value}" for name, value in row["settings"].items())
@@ -490,34 +488,29 @@ def error_against_shift(rows: list[dict], size: tuple[float, float] = (8.6, 4.2)
             "linestyle": ("-", "--", ":", "-.")[number],
         }))
     flat = [curve for curve in curves if max(curve[0]) < 1.5 * min(curve[0])]
-    insets = [axes.inset_axes((0.31, 0.3, 0.39, 0.34))] if 0 < len(flat) < len(curves) else []
-    for part, shown in zip((axes, *insets), (curves, flat)):
+    magnified = 0 < len(flat) < len(curves)
+    figure = Figure((size[0], size[1] * (1.6 if magnified else 1)), layout="constrained")
+    parts = figure.subplots(1 + magnified, sharex=True, squeeze=False)[:, 0]
+    for part, shown in zip(parts, (curves, flat)):
         for means, style in shown:
             part.plot(means, **style)
+        part.axvline(length, linewidth=1, linestyle=":", color=GREY)
         part.spines[["top", "right"]].set_visible(False)
-    for inset in insets:
-        inset.set_title("the flat curves, magnified", fontsize=9)
-        inset.set_xticks(range(0, 2 * length, 8))
-        inset.tick_params(labelsize=8)
-        inset.margins(y=0.15)
-    axes.axvline(length, ymin=0.72, linewidth=1, linestyle=":", color=GREY)  # above the inset
-    axes.annotate("once around: the digit is reflected", (length, 1),
-                  xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
-                  ha="center", va="bottom", fontsize=9, color=GREY)
-    axes.set(xlabel="shift of the test digits along the strip, in pixels",
-             ylabel="test error in %", xlim=(-1, 2 * length))
-    axes.set_xticks(range(0, 2 * length, 4 if size[0] >= 8 else 8))
-    shown = [error for row in rows for error in row["errors"]]
-    if min(shown) > 0 and max(shown) > 4 * min(shown):
-        axes.set_yscale("log")
-        _percent_ticks(axes.yaxis, shown)
-    else:
-        axes.set_ylim(0, 1.2 * max(*shown, 1))
+        part.set_ylabel("test error in %")
+    parts[0].set_ylim(0, 1.1 * max(1, *(error for means, _ in curves for error in means)))
+    for part in parts[1:]:
+        part.set_title("the flat curves, magnified", fontsize=9)
+    parts[-1].set(xlabel="shift of the test digits along the strip, in pixels",
+                  xlim=(-1, 2 * length), xticks=range(0, 2 * length, 4 if size[0] >= 8 else 8))
+    parts[0].annotate("once around: the digit is reflected", (length, 1),
+                      xycoords=("data", "axes fraction"), xytext=(0, 3),
+                      textcoords="offset points", ha="center", va="bottom", fontsize=9, color=GREY)
     if len(groups) > 1:
-        figure.legend(title=common, frameon=False, loc="outside lower center", ncols=2,
+        handles = parts[0].get_legend_handles_labels()
+        figure.legend(*handles, title=common, frameon=False, loc="outside lower center", ncols=2,
                       handlelength=4)
     else:
-        axes.set_title(f"{model_label(model)}, {common}", fontsize=9, pad=16)
+        parts[0].set_title(f"{model_label(model)}, {common}", fontsize=9, pad=16)
     return figure
 
 

@@ -283,7 +283,7 @@ class TestPictures(Case):
                                           ("cnn_same_params", "shifted"): [2.0]}, reproduce.PAPER)
                 self.assertEqual([label.get_text() for label in figure.axes[0].get_yticklabels()],
                                  [name, "CNN (params)"])
-                (axes,) = figures.error_against_shift([*ROWS, ROWS[2] | {"model": name}]).axes
+                axes, _ = figures.error_against_shift([*ROWS, ROWS[2] | {"model": name}]).axes
                 labels = [line.get_label() for line in axes.lines]
                 self.assertIn(name, labels)
                 figures.error_against_shift([ROWS[2] | {"model": name}])
@@ -320,7 +320,7 @@ class TestPictures(Case):
     def test_error_against_shift(self):
         """The curves are the means over the seeds."""
         figure = figures.error_against_shift(ROWS)
-        (axes,) = figure.axes
+        axes, magnified = figure.axes
         curves = {
             line.get_label(): list(line.get_ydata())
             for line in axes.lines
@@ -334,19 +334,22 @@ class TestPictures(Case):
         (legend,) = figure.legends
         self.assertEqual([text.get_text() for text in legend.get_texts()], list(curves))
         self.assertEqual(legend.get_title().get_text(), "trained on centered digits")
+        self.assertEqual(axes.get_ylim()[0], 0)
         # Flat curves are magnified.
-        (inset,) = axes.child_axes
-        self.assertEqual([list(line.get_ydata()) for line in inset.lines],
+        self.assertEqual([list(line.get_ydata()) for line in magnified.lines[:2]],
                          [[1.25] * 56, [1.5] * 56])
-        self.assertEqual(figures.error_against_shift(ROWS[2:]).axes[0].child_axes, [])
+        self.assertEqual(len(magnified.lines), 3)  # with the one at which the digit is reflected
+        bottom, top = magnified.get_ylim()
+        self.assertTrue(1 < bottom < 1.25 and 1.5 < top < 2)
+        self.assertEqual(len(figures.error_against_shift(ROWS[2:]).axes), 1)
         # The same settings have the same kind of line in all models, in any order of the rows.
         other = ROWS[3] | {"model": "mobius_irrep"}
-        (axes,) = figures.error_against_shift([other, *ROWS]).axes
+        axes, _ = figures.error_against_shift([other, *ROWS]).axes
         polyphase = [line for line in axes.lines if "polyphase" in line.get_label()]
         self.assertEqual([line.get_linestyle() for line in polyphase], ["--", "--"])
         # Labels name the training digits where they differ.
         rows = [ROWS[3], ROWS[2], ROWS[0], ROWS[0] | {"train_mode": "shifted"}]
-        (axes,) = figures.error_against_shift(rows).axes
+        axes, _ = figures.error_against_shift(rows).axes
         self.assertEqual(
             {
                 line.get_label(): line.get_linestyle()
