@@ -20,7 +20,7 @@ from models import (
     MODELS, POOLINGS, MobiusGaugeCNN, build_model, count_parameters, has_sign_flip_fields,
 )
 from study.runs import RESULTS, Study
-from study.shifts import consistency, read_error_against_shift
+from study.shifts import read_error_against_shift
 from study.table import PAPER_RUNS, Cell, largest_cells, markdown, summary
 from training.files import say, write_atomically
 from training.options import PRECISIONS, TRAIN_MODES
@@ -99,27 +99,29 @@ def digits() -> str:
 
 
 def shifts() -> str:
-    rows = []
-    for row in read_error_against_shift(RESULTS / "error_against_shift.json"):
-        settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
-        errors = f"{min(row['errors']):.2f} … {max(row['errors']):.2f} %"
-        rows.append([
-            f"`{row['model']}`", settings, f"{row['changed']:,} of {row['predictions']:,}",
-            f"{row['changed_formulas']:,}" if "changed_formulas" in row else "-",
-            consistency(row), errors,
-        ])
-    return markdown([
-        "network", "settings", "another class than at shift 0", "by the formulas alone",
-        "the same class", "test error, over the shifts",
-    ], rows)
+    """A row for each model, the fixed grid beside polyphase pooling."""
+    measured = {
+        (row["model"], row["settings"].get("pooling", "fixed")): row
+        for row in read_error_against_shift(RESULTS / "error_against_shift.json")
+    }
+    head, rows = ["network"], {model: [f"`{model}`"] for model, _ in sorted(
+        measured, key=lambda key: list(MODELS).index(key[0]))}
+    for pooling in POOLINGS:
+        head += [f"{pooling}: change", "by the formulas", "test error"]
+        for model, cells in rows.items():
+            row = measured.get((model, pooling), {"errors": []})
+            cells += [f"{row[count]:,}" if count in row else "-"
+                      for count in ("changed", "changed_formulas")]
+            ends = {min(row["errors"]), max(row["errors"])} if row["errors"] else ()
+            cells.append(" … ".join(f"{error:.2f} %" for error in sorted(ends)))
+    return markdown(head, list(rows.values()))
 
 
 def poolings() -> str:
-    models, modes = list(MODELS), list(TRAIN_MODES)
-    studies = {
-        pooling: Study(reproduce.plan(3, models, modes, {"precision": "bf16", "pooling": pooling}))
-        for pooling in POOLINGS
-    }
+    models, modes, studies = list(MODELS), list(TRAIN_MODES), {}
+    for pooling in POOLINGS:
+        options = {"precision": "bf16", "pooling": pooling}
+        studies[pooling] = Study(reproduce.plan(PAPER_RUNS, models, modes, options))
     columns, rows = list(itertools.product(modes, POOLINGS)), []
     for model in models:
         cells = [Cell(studies[pooling], model, mode, "shifted") for mode, pooling in columns]
