@@ -99,22 +99,27 @@ def digits() -> str:
 
 
 def shifts() -> str:
-    """A row for each model, the fixed grid beside polyphase pooling."""
+    """A row for each model: the fixed grid, then polyphase pooling."""
     measured = {
         (row["model"], row["settings"].get("pooling", "fixed")): row
         for row in read_error_against_shift(RESULTS / "error_against_shift.json")
     }
-    head, rows = ["network"], {model: [f"`{model}`"] for model, _ in sorted(
-        measured, key=lambda key: list(MODELS).index(key[0]))}
-    for pooling in POOLINGS:
-        head += [f"{pooling}: change", "by the formulas", "test error"]
-        for model, cells in rows.items():
-            row = measured.get((model, pooling), {"errors": []})
-            cells += [f"{row[count]:,}" if count in row else "-"
-                      for count in ("changed", "changed_formulas")]
-            ends = {min(row["errors"]), max(row["errors"])} if row["errors"] else ()
-            cells.append(" … ".join(f"{error:.2f} %" for error in sorted(ends)))
-    return markdown(head, list(rows.values()))
+
+    def cells(row: dict | None) -> list[str]:
+        if row is None:
+            return ["-", "-"]
+        ends = (f"{end(row['errors']):.2f}" for end in (min, max))
+        return [f"{row['changed']:,}", " … ".join(dict.fromkeys(ends)) + " %"]
+
+    rows = []
+    for model in dict.fromkeys(model for model, _ in measured):
+        fixed, polyphase = (measured.get((model, pooling)) for pooling in POOLINGS)
+        formulas = (polyphase or {}).get("changed_formulas", "-")
+        rows.append([f"`{model}`", *cells(fixed), *cells(polyphase), formulas])
+    return markdown([
+        "network", "fixed grid: changed", "test error", "polyphase: changed", "test error",
+        "changed, by the formulas alone",
+    ], rows)
 
 
 def poolings() -> str:
