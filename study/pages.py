@@ -112,10 +112,11 @@ def shifts() -> str:
         return [f"{row['changed']:,}", " … ".join(dict.fromkeys(ends)) + " %"]
 
     rows = []
-    for model in dict.fromkeys(model for model, _ in measured):
+    for model in MODELS:
         fixed, polyphase = (measured.get((model, pooling)) for pooling in POOLINGS)
-        formulas = (polyphase or {}).get("changed_formulas", "-")
-        rows.append([f"`{model}`", *cells(fixed), *cells(polyphase), formulas])
+        if polyphase:
+            formulas = polyphase.get("changed_formulas", "-")
+            rows.append([f"`{model}`", *cells(fixed), *cells(polyphase), formulas])
     return markdown([
         "network", "fixed grid: changed", "test error", "polyphase: changed", "test error",
         "changed, by the formulas alone",
