@@ -24,7 +24,7 @@ import torch
 
 from models import MODELS
 from study.runs import OTHER_DEFAULTS, RESULTS, Study, load_data, train_all
-from study.shifts import check_weights, measure_error_against_shift
+from study.shifts import measure_error_against_shift, with_weights
 from study.table import PAPER_RUNS, Published, table
 from fast import keep_freed_memory
 from training.checkpoints import BadCheckpoint
@@ -102,8 +102,8 @@ def command_line() -> CommandLine:
         help="move finished runs of any settings from the folder runs into table5.json, without "
              "their training curves; train nothing")
     add("--error_against_shift", action="store_true",
-        help="test finished networks on digits moved by each isometry, train nothing; "
-             "writes error_against_shift.json")
+        help="test finished networks whose weights are here on digits moved by each isometry, "
+             "train nothing; writes error_against_shift.json")
     add_train_options(parser, "model", "init", "train_mode", "seed", "log_dir", **OTHER_DEFAULTS)
     return parser
 
@@ -123,20 +123,20 @@ def main(argv=None) -> None:
     try:
         rank, processes, local_rank = launched_as()
         study = Study(plan(runs, models, train_modes, options), results, bar=rank == 0)
+        if rank and (style or pack or shifts):
+            return
         if style:
-            return say(table(study, PAPER, style)) if rank == 0 else None
+            return say(table(study, PAPER, style))
         if pack:
-            return say(study.pack()) if rank == 0 else None
+            return say(study.pack())
         if shifts:
-            check_weights(study)
+            study.configs = with_weights(study)
         device = select_device(study.configs[0].device)
         if device.type == "cuda" and processes > 1:
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
         data = load_data(study.configs[0], device)
         if shifts:
-            if rank == 0:
-                say(f"wrote {measure_error_against_shift(study, data, device)}")
-            return
+            return say(f"wrote {measure_error_against_shift(study, data, device)}")
         failures = train_all(study, data, rank, processes)
         if rank == 0:
             say("\n" + table(study, PAPER))

@@ -12,22 +12,23 @@ from training.checkpoints import load_network
 from training.data import Data
 from training.environment import describe_environment, is_gpu
 from training.files import read_results_file, say, write_json
+from training.options import Config
 
 FORMAT = 1  # of error_against_shift.json
 LISTED = 100  # changed predictions in a row of it
 
 
-def check_weights(study: Study) -> None:
-    """Raises ValueError if a run is not finished, or its weights are not here."""
-    for config in study.configs:
-        weights = study.folder(config) / "weights.pt"
-        if study.result(config) is None:
-            raise ValueError(f"{run_name(config)} is not finished: without "
-                             "--error_against_shift, the same command trains it")
-        if not weights.exists():
-            raise ValueError(f"{run_name(config)} is finished, but there is no {weights} (the runs "
-                             "that come with this code have no weights): take another --results "
-                             "folder, and train it there without --error_against_shift")
+def with_weights(study: Study) -> list[Config]:
+    """The finished runs whose weights are here. Raises ValueError if there are none."""
+    found = [config for config in study.configs
+             if study.result(config) and (study.folder(config) / "weights.pt").exists()]
+    if not found:
+        raise ValueError(f"there are no weights of these runs in {study.results / 'logs'}: without "
+                         "--error_against_shift, the same command trains them (the runs that come "
+                         "with this code have none: take another --results folder)")
+    if missing := len(study.configs) - len(found):
+        say(f"{missing} of {len(study.configs)} runs have no weights here, and are left out")
+    return found
 
 
 def measure_error_against_shift(study: Study, data: Data, device: torch.device) -> Path:

@@ -662,7 +662,8 @@ class TestReproduce(RunsCase):
     def test_error_against_shift(self):
         options = self.options("--models", "mobius_regular", "--runs", "1", "--num_epochs", "1")
         self.assertFails(reproduce.main, *options, "--error_against_shift",
-                         contains=["mobius_regular-centered-seed0", "trains it"])
+                         contains=["no weights", str(self.folder / "results" / "logs"),
+                                   "trains them"])
         self.main(reproduce, *options)
         twins = []
 
@@ -701,7 +702,8 @@ class TestReproduce(RunsCase):
                           ours["changed_formulas"]), ("polyphase", 0, [], 0))
         # It is there already; then only in part.
         with mock.patch("study.shifts.predict_at_every_shift", side_effect=AssertionError):
-            self.main(reproduce, *options, "--error_against_shift")
+            printed = self.main(reproduce, *options, "--runs", "3", "--error_against_shift")
+        self.assertIn("2 of 3 runs have no weights here", printed)
         del content["rows"][0]["changed_formulas"]
         path.write_text(json.dumps(content))
         twins.clear()
@@ -716,7 +718,8 @@ class TestReproduce(RunsCase):
                          contains=[str(path), "another digits.npz"])
         shutil.rmtree(self.folder / "results" / "logs")
         self.assertFails(reproduce.main, *options, "--error_against_shift",
-                         contains=["weights.pt", "take another --results folder"])
+                         contains=["no weights", str(self.folder / "results" / "logs"),
+                                   "take another --results folder"])
         self.assertFails(reproduce.main, *options, "--error_against_shift", "--table",
                          contains="one at a time")
 
