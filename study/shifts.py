@@ -23,9 +23,10 @@ def with_weights(study: Study) -> list[Config]:
     found = [config for config in study.configs
              if study.result(config) and (study.folder(config) / "weights.pt").exists()]
     if not found:
-        raise ValueError(f"there are no weights of these runs in {study.results / 'logs'}: without "
-                         "--error_against_shift, the same command trains them (the runs that come "
-                         "with this code have none: take another --results folder)")
+        missing = study.folder(study.configs[0]) / "weights.pt"
+        raise ValueError(f"there are no weights of a finished run, such as {missing}: without "
+                         "--error_against_shift, the same command trains it (the runs that come "
+                         "with this code have no weights: take another --results folder)")
     if missing := len(study.configs) - len(found):
         say(f"{missing} of {len(study.configs)} runs have no weights here, and are left out")
     return found

@@ -64,7 +64,10 @@ class TestPages(FilesCase):
         regular = {
             recipe: pages.recipe_cell(recipe, "shifted") for recipe in ("paper", "improved")
         }
-        cnn, _ = largest_cells("cnn_same_channels", "shifted")
+        cells = {model: largest_cells(model, "shifted") for model in MODELS}
+        self.assertEqual({(cell.config.precision, cell.config.sign_eps)
+                          for row in cells.values() for cell in row}, {("bf16", 0)})
+        cnn, _ = cells["cnn_same_channels"]
         moved = pages.read("error_against_shift.json")["rows"]
         changed = {(row["model"], *row["settings"].values()): row["changed"] for row in moved}
         formulas = {row["model"]: row["changed_formulas"] for row in moved
