@@ -87,6 +87,26 @@ def signs() -> str:
     ], rows)
 
 
+def regular() -> str:
+    """`mobius_regular` with other rounding and on other training digits."""
+    measured = {}
+    for run in read("regular_difference.json")["runs"]:
+        key = (*run["training_digits"], run["computation"])
+        measured.setdefault(key, []).append(run["test_error"]["shifted"])
+    cells = {}
+    for precision in PRECISIONS:
+        options = {"precision": precision}
+        study = Study(reproduce.plan(PAPER_RUNS, ["mobius_regular"], ["centered"], options))
+        cells[precision] = Cell(study, "mobius_regular", "centered", "shifted", reproduce.PAPER)
+    first = "first 12,000"
+    rows = [[first, NUMBER_FORMATS[precision], cell] for precision, cell in cells.items()]
+    for (start, end, computation), errors in measured.items():
+        which = f"{start + 1:,} to {end:,}" if start else first
+        rows.append([which, computation, summary(errors)])
+    rows.append(["", "the paper", cells["bf16"].paper])
+    return markdown(["training digits", "computed in", "test error in %"], rows)
+
+
 def digits() -> str:
     rows = []
     study = Study([])
@@ -215,8 +235,8 @@ def options_of(module) -> str:
 
 
 TABLES = {
-    "table5": table5, "results": results, "signs": signs, "digits": digits, "shifts": shifts,
-    "poolings": poolings, "recipes": recipes, "reliability": reliability, "models": models,
+    "table5": table5, "results": results, "signs": signs, "regular": regular,
+    "digits": digits, "shifts": shifts, "poolings": poolings, "recipes": recipes, "reliability": reliability, "models": models,
     "speed": speed, "pooling_cost": pooling_cost,
     **{
         f"{module.__name__}_options": partial(options_of, module)
