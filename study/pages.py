@@ -235,9 +235,9 @@ def options_of(module) -> str:
 
 
 TABLES = {
-    "table5": table5, "results": results, "signs": signs, "regular": regular,
-    "digits": digits, "shifts": shifts, "poolings": poolings, "recipes": recipes, "reliability": reliability, "models": models,
-    "speed": speed, "pooling_cost": pooling_cost,
+    "table5": table5, "results": results, "regular": regular, "signs": signs, "digits": digits,
+    "shifts": shifts, "poolings": poolings, "recipes": recipes, "reliability": reliability,
+    "models": models, "speed": speed, "pooling_cost": pooling_cost,
     **{
         f"{module.__name__}_options": partial(options_of, module)
         for module in (train, convert_mnist, reproduce, visualize, benchmark)
