@@ -40,8 +40,8 @@ def read(name: str) -> dict:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def recipe_cell(recipe: str, version: str) -> Cell:
-    options = {"precision": "bf16", "recipe": recipe}
+def recipe_cell(recipe: str, version: str, precision: str = "bf16") -> Cell:
+    options = {"precision": precision, "recipe": recipe}
     study = Study(reproduce.plan(PAPER_RUNS, ["mobius_regular"], ["centered"], options))
     return Cell(study, "mobius_regular", "centered", version)
 
@@ -91,19 +91,13 @@ def regular() -> str:
     """`mobius_regular` with other rounding and on other training digits."""
     measured = {}
     for run in read("regular_difference.json")["runs"]:
-        key = (*run["training_digits"], run["computation"])
+        start, stop = run["training_digits"]
+        key = (f"{start + 1:,} to {stop:,}", run["computation"])
         measured.setdefault(key, []).append(run["test_error"]["shifted"])
-    cells = {}
-    for precision in PRECISIONS:
-        options = {"precision": precision}
-        study = Study(reproduce.plan(PAPER_RUNS, ["mobius_regular"], ["centered"], options))
-        cells[precision] = Cell(study, "mobius_regular", "centered", "shifted", reproduce.PAPER)
-    first = "first 12,000"
-    rows = [[first, NUMBER_FORMATS[precision], cell] for precision, cell in cells.items()]
-    for (start, end, computation), errors in measured.items():
-        which = f"{start + 1:,} to {end:,}" if start else first
-        rows.append([which, computation, summary(errors)])
-    rows.append(["", "the paper", cells["bf16"].paper])
+    rows = [["1 to 12,000", NUMBER_FORMATS[precision], recipe_cell("paper", "shifted", precision)]
+            for precision in PRECISIONS]
+    rows += [[*key, summary(errors)] for key, errors in measured.items()]
+    rows.append(["", "the paper", reproduce.PAPER["mobius_regular"]["centered"]])
     return markdown(["training digits", "computed in", "test error in %"], rows)
 
 
