@@ -91,6 +91,7 @@ class TestPages(FilesCase):
         for text, figure in [
             (README, f"{regular['paper'].mean:.1f} % test error"),
             (README, f"conventional CNN has {cnn.mean:.0f} %"),
+            (self.page("results"), f"{cnn.mean:.0f} % on shifted ones"),
             (README, f"0 of {moved[0]['predictions']:,} predictions of each gauge CNN change"),
             (README, f"where {changed['mobius_regular',]:,} of `mobius_regular` do"),
             *((README, f"{cell.mean:.2f} ± {cell.std:.2f} % ({cell.n} runs)")
