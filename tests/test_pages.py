@@ -69,9 +69,12 @@ class TestPages(FilesCase):
                           for row in cells.values() for cell in row}, {("bf16", 0)})
         cnn, _ = cells["cnn_same_channels"]
         more = regular["paper"].mean - reproduce.PAPER["mobius_regular"]["centered"].mean
+        _, mixed = cells["mobius_mixed"]
+        fewer = reproduce.PAPER["mobius_mixed"]["shifted"].mean - mixed.mean
         differ = re.findall(r"^\| `(\w+)` \| (\w+) \|.*\| differs", self.page("results"), re.M)
         self.assertEqual(set(differ), {("mobius_signflip", "centered"),
                                        ("mobius_signflip", "shifted"),
+                                       ("mobius_mixed", "shifted"),
                                        ("mobius_regular", "centered")})
         moved = pages.read("error_against_shift.json")["rows"]
         changed = {(row["model"], *row["settings"].values()): row["changed"] for row in moved}
@@ -99,6 +102,7 @@ class TestPages(FilesCase):
             (README, f"takes {step['fp32']:.2f} times as long"),
             (README, f"bfloat16 {step['bf16']:.2f} times"),
             (self.page("results"), f"{more:.2f} percentage points more"),
+            (self.page("results"), f"{fewer:.2f} percentage points fewer"),
             (self.page("results"), "{1} times among its {0} errors on centered digits".format(
                 *confused["mobius_regular"]
             )),
