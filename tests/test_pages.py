@@ -68,15 +68,16 @@ class TestPages(FilesCase):
         self.assertEqual({(cell.config.precision, cell.config.sign_eps)
                           for row in cells.values() for cell in row}, {("bf16", 0)})
         cnn, _ = cells["cnn_same_channels"]
-        more = cells["mobius_regular"][0].comparison.difference
-        fewer = -cells["mobius_mixed"][1].comparison.difference
-        cnn_more = cells["cnn_same_params"][1].comparison.difference
-        differ = re.findall(r"^\| `(\w+)` \| (\w+) \|.*\| differs", self.page("results"), re.M)
-        self.assertEqual(set(differ), {("mobius_signflip", "centered"),
-                                       ("mobius_signflip", "shifted"),
-                                       ("mobius_mixed", "shifted"),
-                                       ("mobius_regular", "centered"),
-                                       ("cnn_same_params", "shifted")})
+        differ = set(re.findall(r"^\| `(\w+)` \| (\w+) \|.*\| differs", self.page("results"), re.M))
+        self.assertEqual(differ, {("mobius_signflip", "centered"),
+                                  ("mobius_signflip", "shifted"),
+                                  ("mobius_mixed", "shifted"),
+                                  ("mobius_regular", "centered"),
+                                  ("cnn_same_params", "shifted")})
+        differences = {
+            (model, cell.config.train_mode): cell.comparison.difference
+            for model, row in cells.items() for cell in row
+        }
         moved = pages.read("error_against_shift.json")["rows"]
         changed = {(row["model"], *row["settings"].values()): row["changed"] for row in moved}
         formulas = {row["model"]: row["changed_formulas"] for row in moved
@@ -102,13 +103,10 @@ class TestPages(FilesCase):
               for cell in regular.values()),
             (README, f"takes {step['fp32']:.2f} times as long"),
             (README, f"bfloat16 {step['bf16']:.2f} times"),
-            (self.page("results"),
-             f"`mobius_regular`, trained on centered digits, has {more:.2f} percentage points "
-             "more"),
-            (self.page("results"),
-             f"`cnn_same_params`, trained on shifted digits, has {cnn_more:.2f} percentage points "
-             "more"),
-            (self.page("results"), f"{fewer:.2f} percentage points fewer"),
+            *((self.page("results"),
+               f"`{model}`, trained on {mode} digits, has {abs(differences[model, mode]):.2f} "
+               f"percentage points {'more' if differences[model, mode] > 0 else 'fewer'}")
+              for model, mode in differ if model != "mobius_signflip"),
             (self.page("results"), "{1} times among its {0} errors on centered digits".format(
                 *confused["mobius_regular"]
             )),
