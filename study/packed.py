@@ -44,23 +44,30 @@ def write_packed(path, results: dict[str, dict]) -> None:
     Raises:
         OSError: naming the file, if it cannot be written.
     """
-    shared, lines = {"data": [], "environment": []}, []
+    data, environments, rows = [], [], []
     for name, result in sorted(results.items()):
         row = {"run": name} | {key: value for key, value in result.items() if key != "status"}
         row["config"] = {option: value for option, value in result["config"].items()
                          if option not in DEFAULTS or value != DEFAULTS[option]}
         row["epochs"] = result["epochs"][-1:]
-        for key, values in shared.items():
+        for key, values in (("data", data), ("environment", environments)):
             if result[key] not in values:
                 values.append(result[key])
             row[key] = values.index(result[key])
-        lines.append(json.dumps(row, allow_nan=False))
+        rows.append(row)
     # A default may change one day; these are the ones that the lines leave out.
-    head = {"format": FORMAT, "defaults": with_newer_options({}), "data": shared["data"],
-            "environments": shared["environment"]}
-    text = json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+    content = {"format": FORMAT, "defaults": with_newer_options({}), "data": data,
+               "environments": environments, "runs": rows}
+    text = ",\n".join(f'"{name}": {_json_lines(part)}' for name, part in content.items())
     with write_atomically(path) as file:
-        file.write(text.encode())
+        file.write(f"{{\n{text}\n}}\n".encode())
+
+
+def _json_lines(part) -> str:
+    """JSON in one line, or in one line for each entry of a list."""
+    if not isinstance(part, list):
+        return json.dumps(part, allow_nan=False)
+    return "[\n" + ",\n".join(json.dumps(entry, allow_nan=False) for entry in part) + "\n]"
 
 
 def has_curve(result: dict) -> bool:

@@ -10,6 +10,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 
 import benchmark
 import convert_mnist
@@ -21,7 +22,8 @@ from models import (
 )
 from study.runs import RESULTS, Study
 from study.shifts import read_error_against_shift
-from study.table import PAPER_RUNS, Cell, largest_cells, markdown, summary
+from study.statistics import compare
+from study.table import PAPER_RUNS, Cell, markdown, protocol_cells, summary
 from training.files import say, write_atomically
 from training.options import PRECISIONS, TRAIN_MODES
 
@@ -54,7 +56,7 @@ def table5() -> str:
     """A row for each model."""
     rows = []
     for model in MODELS:
-        cells = largest_cells(model, "shifted", reproduce.PAPER)
+        cells = protocol_cells(model, "shifted", reproduce.PAPER, precision="bf16")
         texts = [text for cell in cells for text in (str(cell), str(cell.paper or ""))]
         rows.append([f"`{model}`", *texts])
     return markdown(["model", "trained on centered", "paper", "trained on shifted", "paper"], rows)
@@ -69,36 +71,48 @@ def results() -> str:
 
 
 def signs() -> str:
-    """Networks with sign-flip fields: with each of the signs that there have been."""
-    inexact, rows = read("inexact_sign.json")["runs"], []
+    """Networks with sign-flip fields: each version of the sign, in each precision."""
+    inexact, rows = {}, []
+    for run in read("inexact_sign.json")["runs"]:
+        key = tuple(run[name] for name in ("model", "train_mode", "precision", "pooling"))
+        inexact.setdefault(key, []).append(run["test_error"]["shifted"])
     for model in filter(has_sign_flip_fields, MODELS):
-        exact, published = (largest_cells(model, "shifted", reproduce.PAPER, sign_eps=(value,))
-                            for value in (0.0, 1e-8))
-        for exact_cell, published_cell in zip(exact, published):
-            mode = exact_cell.train_mode
-            without = [run["test_error"]["shifted"] for run in inexact
-                       if (run["model"], run["train_mode"], run["pooling"]) ==
-                       (model, mode, "fixed")]
-            cells = [exact_cell, summary(without), published_cell, exact_cell.paper]
-            rows.append([f"`{model}`", mode, *cells])
+        cells = partial(protocol_cells, model, "shifted", reproduce.PAPER)
+        published = cells(precision="fp32", sign_eps=1e-8)
+        columns = [
+            TRAIN_MODES,
+            *(cells(precision=precision) for precision in PRECISIONS),
+            *([summary(inexact.get((model, mode, precision, "fixed"), [])) for mode in TRAIN_MODES]
+              for precision in PRECISIONS),
+            published,
+            [cell.paper for cell in published],
+        ]
+        rows += [[f"`{model}`", *row] for row in zip(*columns)]
+    versions = itertools.product(("sign(x)", "rounding is not 0"), PRECISIONS)
     return markdown([
-        "model", "trained on", "sign(x), rounding is 0", "sign(x), rounding is not 0",
-        "x / (\\|x\\| + 1e-8)", "paper",
+        "model", "trained on", *(f"{sign}, {NUMBER_FORMATS[name]}" for sign, name in versions),
+        "x / (\\|x\\| + 1e-8), float32", "paper",
     ], rows)
 
 
 def regular() -> str:
     """`mobius_regular` with other rounding and on other training digits."""
-    measured = {}
+    measured = {("1 to 12,000", NUMBER_FORMATS[precision]):
+                recipe_cell("paper", "shifted", precision).errors for precision in ("bf16", "fp32")}
     for run in read("regular_difference.json")["runs"]:
         start, stop = run["training_digits"]
         key = (f"{start + 1:,} to {stop:,}", run["computation"])
         measured.setdefault(key, []).append(run["test_error"]["shifted"])
-    rows = [["1 to 12,000", NUMBER_FORMATS[precision], recipe_cell("paper", "shifted", precision)]
-            for precision in PRECISIONS]
-    rows += [[*key, summary(errors)] for key, errors in measured.items()]
-    rows.append(["", "the paper", reproduce.PAPER["mobius_regular"]["centered"]])
-    return markdown(["training digits", "computed in", "test error in %"], rows)
+    samples = {key: (mean(errors), stdev(errors), len(errors)) for key, errors in measured.items()}
+    paper = reproduce.PAPER["mobius_regular"]["centered"]
+    samples["the paper's", "-"] = (paper.mean, paper.std, PAPER_RUNS)
+    first, *others = samples.values()
+    differences = ["-", *(compare(sample, first, paper.margin) for sample in others)]
+    rows = [[*key, "{:.2f} ± {:.2f} ({})".format(*samples[key]), difference]
+            for key, difference in zip(samples, differences)]
+    return markdown(
+        ["training digits", "computed in", "test error in %", "difference from the first (95 %)"],
+        rows)
 
 
 def digits() -> str:
@@ -117,21 +131,19 @@ def shifts() -> str:
         for row in read_error_against_shift(RESULTS / "error_against_shift.json")
     }
 
-    def cells(row: dict | None) -> list[str]:
-        if row is None:
-            return ["-", "-"]
+    def cells(row: dict) -> list[str]:
         ends = (f"{end(row['errors']):.2f}" for end in (min, max))
         return [f"{row['changed']:,}", " … ".join(dict.fromkeys(ends)) + " %"]
 
     rows = []
-    for model in MODELS:
-        fixed, polyphase = (measured.get((model, pooling)) for pooling in POOLINGS)
-        if polyphase:
-            formulas = polyphase.get("changed_formulas", "-")
-            rows.append([f"`{model}`", *cells(fixed), *cells(polyphase), formulas])
+    for model in (name for name in MODELS if (name, "polyphase") in measured):
+        fixed, polyphase = (measured[model, pooling] for pooling in POOLINGS)
+        formulas = polyphase.get("changed_formulas", "-")
+        seeds = f"{fixed['seed']}, {polyphase['seed']}"
+        rows.append([f"`{model}`", seeds, *cells(fixed), *cells(polyphase), formulas])
     return markdown([
-        "network", "fixed grid: changed", "test error", "polyphase: changed", "test error",
-        "changed, by the formulas alone",
+        "network", "seeds", "fixed grid: changed", "test error", "polyphase: changed",
+        "test error", "changed, by the formulas alone",
     ], rows)
 
 

@@ -130,8 +130,8 @@ class Study:
             What it did, in a sentence.
 
         Raises:
-            ValueError, OSError: naming the file, for one that is damaged or cannot be read or
-                written. Then no run is moved.
+            ValueError, OSError: naming the file, for one that is damaged, cannot be read or
+                written, or is another run of a name in table5.json. Then no run is moved.
         """
         if not self.results.is_dir():
             raise ValueError(f"there are no results in {self.results}")
@@ -140,7 +140,11 @@ class Study:
             fresh = {path: read_result(path) for path in paths}
             fresh = {path: result for path, result in fresh.items()
                      if result["status"] == "finished" and not has_curve(result)}
-            results = self.packed | {path.stem: result for path, result in fresh.items()}
+            results = read_packed(self.results / FILE)
+            for path, result in fresh.items():
+                packed = result | {"epochs": result["epochs"][-1:]}
+                if results.setdefault(path.stem, packed) != packed:
+                    raise ValueError(f"{path} is not the run of that name in {FILE}: move it away")
             if fresh:
                 write_packed(self.results / FILE, results)
             for path in fresh:  # if killed in here, the next call goes on

@@ -25,6 +25,9 @@ class Comparison(NamedTuple):
     p: float
     p_margin: float
 
+    def __str__(self) -> str:
+        return f"{self.difference:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
 
 def compare(
     ours: tuple[float, float, int], theirs: tuple[float, float, int], margin: float

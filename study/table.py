@@ -13,7 +13,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from convert_mnist import SOURCES
-from models import MODELS, has_sign_flip_fields
+from models import MODELS
 from study.runs import OTHER_DEFAULTS, RESULTS, Study, run_name, settings_not_in_paper
 from study.statistics import Comparison, compare, holm
 from training.options import TRAIN_MODES, Config
@@ -56,7 +56,8 @@ class Cell:
         settings: those in which the cell's runs differ from the study's.
 
     Attributes:
-        p, p_margin: those of `comparison`, corrected for the number of cells in the table.
+        p, p_margin: those of `comparison`, corrected for the number of cells in the table;
+            cells with `settings` are counted apart.
 
     Raises:
         ValueError, OSError: as `Study.result` does.
@@ -128,21 +129,15 @@ def summary(errors: Sequence[float]) -> str:
     return f"{mean(errors):.2f}{std} ({len(errors)})"
 
 
-def largest_cells(model: str, version: str, paper: Paper | None = None, results=RESULTS,
-                  sign_eps: Sequence[float] = (0.0, 1e-8)) -> list[Cell]:
-    """A model's cells of the paper's protocol, for both training modes, on MNIST.
-
-    Of the precisions and of these values of sign_eps, those with the most runs.
+def protocol_cells(model: str, version: str, paper: Paper | None = None, results=RESULTS,
+                   **options) -> list[Cell]:
+    """A model's cells of the paper's protocol on MNIST, but for some options: one for each
+    training mode.
     """
-    choices = []
-    for value in sign_eps if has_sign_flip_fields(model) else (0.0,):
-        for precision in ("bf16", "fp32"):
-            options = OTHER_DEFAULTS | {"sign_eps": value, "precision": precision}
-            configs = [Config(model, train_mode=mode, seed=seed, **options)
-                       for mode in TRAIN_MODES for seed in range(PAPER_RUNS)]
-            study = Study(configs, results)
-            choices.append([Cell(study, model, mode, version, paper) for mode in TRAIN_MODES])
-    return max(choices, key=lambda cells: sum(cell.n for cell in cells))
+    configs = [Config(model, train_mode=mode, seed=seed, **OTHER_DEFAULTS | options)
+               for mode in TRAIN_MODES for seed in range(PAPER_RUNS)]
+    study = Study(configs, results)
+    return [Cell(study, model, mode, version, paper) for mode in TRAIN_MODES]
 
 
 def table(study: Study, paper: Paper, style: str = "text") -> str:
@@ -167,10 +162,12 @@ def table(study: Study, paper: Paper, style: str = "text") -> str:
              for model in models for settings in ({}, *other_settings(study, model))
              for mode in train_modes for version in versions]
     cells = [cell for cell in cells if cell.n or not cell.settings]
-    compared = [(cell, cell.comparison) for cell in cells if cell.comparison]
-    for name in ("p", "p_margin"):
-        for (cell, _), p in zip(compared, holm([getattr(found, name) for _, found in compared])):
-            setattr(cell, name, p)
+    for other in (False, True):  # rows of other settings do not weaken the tests of the others
+        compared = [cell for cell in cells if cell.comparison and bool(cell.settings) == other]
+        for name in ("p", "p_margin"):
+            corrected = holm([getattr(cell.comparison, name) for cell in compared])
+            for cell, p in zip(compared, corrected):
+                setattr(cell, name, p)
     if len(set().union(*(cell.hashes for cell in cells))) > 1:
         raise ValueError(f"the runs in {study.results} are on different npz files: "
                          "no table of them")
@@ -182,9 +179,11 @@ def table(study: Study, paper: Paper, style: str = "text") -> str:
     parts = [f"Test error in % ({digits}): mean ± standard deviation (runs)", lines]
     if any(cell.paper for cell in cells):
         parts.append(
-            f"The paper has {PAPER_RUNS} runs on shifted test digits. Difference: of the means, "
-            f"and its 95 % interval. p: Welch's test, corrected by Holm's method. Verdict: at the "
-            f"level {SIGNIFICANCE:.0%}. Cells of fewer than {LEAST_RUNS} runs are not compared."
+            f"The paper has {PAPER_RUNS} runs on shifted test digits. Difference: our mean minus "
+            f"the paper's, with its 95 % interval (not corrected). p: Welch's test. 'Equal within' "
+            f"and 'by less than': two one-sided tests. Both tests are corrected by Holm's method, "
+            f"at a level of {SIGNIFICANCE:.0%}. "
+            f"Cells of fewer than {LEAST_RUNS} runs are not compared."
         )
     remarks = _remarks(study, [cell for cell in cells if cell.test_digits == versions[0]])
     return "\n\n".join(parts + remarks)
@@ -218,7 +217,7 @@ def _rows(cells: list[Cell]) -> list[list[str]]:
         if cell.paper:
             row["paper"] = str(cell.paper)
             found = cell.comparison
-            row["difference (95 %)"] = found and "{:+.2f} ({:+.2f} to {:+.2f})".format(*found) or ""
+            row["difference (95 %)"] = str(found or "")
             row["p"] = f"{cell.p:.2g}" if found else ""
             row["verdict"] = cell.verdict
     head = list(max(rows.values(), key=len))

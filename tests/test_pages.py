@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import torch
 
@@ -17,7 +18,7 @@ import visualize
 from models import MODELS
 from study import figures, pages
 from study.runs import Study, run_name
-from study.table import largest_cells
+from study.table import protocol_cells
 from tests.support import ROOT, FilesCase
 
 TEXTS = {page.relative_to(ROOT): page.read_text(encoding="utf-8") for page in pages.PAGES}
@@ -64,11 +65,14 @@ class TestPages(FilesCase):
         regular = {
             recipe: pages.recipe_cell(recipe, "shifted") for recipe in ("paper", "improved")
         }
-        cells = {model: largest_cells(model, "shifted", reproduce.PAPER) for model in MODELS}
-        self.assertEqual({(cell.config.precision, cell.config.sign_eps)
-                          for row in cells.values() for cell in row}, {("bf16", 0)})
+        cells = {model: protocol_cells(model, "shifted", reproduce.PAPER, precision="bf16")
+                 for model in MODELS}
         cnn, _ = cells["cnn_same_channels"]
-        differ = set(re.findall(r"^\| `(\w+)` \| (\w+) \|.*\| differs", self.page("results"), re.M))
+        verdicts = {(model, mode): verdict for model, mode, verdict in re.findall(
+            r"^\| `(\w+)` \| (\w+) \|.*\| (differs|equal within 0.1|undecided) \|",
+            self.page("results"), re.MULTILINE)}
+        count = Counter(verdicts.values())
+        differ = {cell for cell, verdict in verdicts.items() if verdict == "differs"}
         self.assertEqual(differ, {("mobius_signflip", "centered"),
                                   ("mobius_signflip", "shifted"),
                                   ("mobius_mixed", "shifted"),
@@ -80,6 +84,8 @@ class TestPages(FilesCase):
         }
         moved = pages.read("error_against_shift.json")["rows"]
         changed = {(row["model"], *row["settings"].values()): row["changed"] for row in moved}
+        self.assertEqual(len(changed), len(moved))
+        self.assertEqual({row["predictions"] for row in moved}, {560_000})
         formulas = {row["model"]: row["changed_formulas"] for row in moved
                     if row["settings"] and row["model"].startswith("mobius_")}
         self.assertEqual(formulas, {model: 0 for model in MODELS if model.startswith("mobius_")})
@@ -97,16 +103,26 @@ class TestPages(FilesCase):
             (README, f"{regular['paper'].mean:.1f} % test error"),
             (README, f"conventional CNN has {cnn.mean:.0f} %"),
             (self.page("results"), f"{cnn.mean:.0f} % on shifted ones"),
-            (README, f"0 of {moved[0]['predictions']:,} predictions of each gauge CNN change"),
+            (README, "0 of 560,000 predictions of each gauge CNN change"),
             (README, f"where {changed['mobius_regular',]:,} of `mobius_regular` do"),
             *((README, f"{cell.mean:.2f} ± {cell.std:.2f} % ({cell.n} runs)")
               for cell in regular.values()),
             (README, f"takes {step['fp32']:.2f} times as long"),
             (README, f"bfloat16 {step['bf16']:.2f} times"),
+            (self.page("results"),
+             f"Of the {len(verdicts)} cells in bfloat16, {count['differs']} differ from the paper, "
+             f"{count['equal within 0.1']} are equal within 0.1 percentage points, and "
+             f"{count['undecided']} are undecided."),
             *((self.page("results"),
                f"`{model}`, trained on {mode} digits, has {abs(differences[model, mode]):.2f} "
                f"percentage points {'more' if differences[model, mode] > 0 else 'fewer'}")
               for model, mode in differ if model != "mobius_signflip"),
+            *((page, text.format(abs(differences["mobius_signflip", mode])))
+              for mode in ("centered", "shifted")
+              for page, text in ((README, "by -{:.2f} percentage points in both cells"),
+                                 (self.page("results"), "`mobius_signflip` has {:.2f} percentage "
+                                  "points fewer in both of its cells"))),
+            (README, "Three other cells differ by about 0.1"),
             (self.page("results"), "{1} times among its {0} errors on centered digits".format(
                 *confused["mobius_regular"]
             )),

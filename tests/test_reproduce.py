@@ -472,6 +472,13 @@ class TestReproduce(RunsCase):
                 self.write_results(Study([config], study.results), lambda config, version: 9)
         self.main(reproduce, *self.options("--pack"))
         self.assertEqual(len(more.packed), 8)
+        # Another run of the same name, as from another machine, replaces none.
+        self.write_results(other, lambda config, version: 3)
+        files = self.files()
+        self.assertFails(reproduce.main, *self.options("--pack"),
+                         contains=[other.file(other.configs[0]).name, "not the run of that name"])
+        self.assertEqual(self.files(), files)
+        other.file(other.configs[0]).unlink()
         # A default may change: what is packed keeps its settings.
         before = {run_name(config): more.result(config) for config in more.configs}
         with mock.patch.dict(DEFAULTS, {"dropout": 0.9, "new": 1}):
@@ -528,10 +535,15 @@ class TestReproduce(RunsCase):
 
     def test_killed_while_packing(self):
         """Every run is there once, before and after the next call."""
-        study = self.study("--runs", "3")
-        self.write_results(study, lambda config, version: config.seed)
+        study = self.study("--runs", "4")
+        first, others = (Study(part, study.results)
+                         for part in (study.configs[:1], study.configs[1:]))
+        self.write_results(first, lambda config, version: config.seed)
+        first.pack()
+        self.write_results(others, lambda config, version: config.seed)
         before = [study.result(config) for config in study.configs]
-        for name, calls in (("study.runs.write_packed", 0), ("pathlib.Path.unlink", 2)):
+        # write_atomically unlinks its temporary file, pack then those of the runs.
+        for name, calls in (("os.fsync", 0), ("os.replace", 0), ("pathlib.Path.unlink", 2)):
             real, count = Path.unlink, itertools.count()
 
             def killed(*arguments, **options):
@@ -539,7 +551,7 @@ class TestReproduce(RunsCase):
                     raise KeyboardInterrupt
                 return real(*arguments, **options)
 
-            with mock.patch(name, killed), contextlib.suppress(KeyboardInterrupt):
+            with mock.patch(name, killed), self.assertRaises(KeyboardInterrupt):
                 study.pack()
             for reader in (study, Study(study.configs, study.results)):
                 self.assertEqual([reader.result(config) for config in study.configs], before)
@@ -607,7 +619,9 @@ class TestReproduce(RunsCase):
         asked = ("--models", "mobius_signflip", "mobius_regular", "--runs", "5", "--precision",
                  "bf16")
         other = ("--models", "mobius_signflip", "--runs", "5", "--sign_eps", "1e-8")
-        for options, low in ((asked, 3), (other, 5), ((*other, "--precision", "bf16"), 6),
+        self.write_results(self.study(*asked), lambda config, version: 3 + config.seed / 10)
+        alone = self.main(reproduce, *self.options(*asked, "--table", "csv"))
+        for options, low in ((other, 5), ((*other, "--precision", "bf16"), 6),
                              ((*other, "--lr", "0.1"), 9), ((*other, "--sign_eps", "0"), 8)):
             self.write_results(self.study(*options), lambda config, version: low + config.seed / 10)
         later = train.Config(**vars(self.study(*other).configs[0])
@@ -635,9 +649,11 @@ class TestReproduce(RunsCase):
         markdown = self.main(reproduce, *self.options(*asked, "--table", "markdown"))
         self.assertIn("| `mobius_signflip, sign_eps 1e-08` | centered | 6.20 ± 0.16 (5) | "
                       "4.89 ± 0.36 |", markdown)
-        file = io.StringIO(self.main(reproduce, *self.options(*asked, "--table", "csv")))
+        text = self.main(reproduce, *self.options(*asked, "--table", "csv"))
+        # Other rows do not change those that were asked for, nor their corrected p-values.
+        self.assertLessEqual(set(alone.splitlines()), set(text.splitlines()))
         shown = [[row[name] for name in ("model", "settings", "n", "missing")]
-                 for row in csv.DictReader(file) if row["test_digits"] == "shifted"]
+                 for row in csv.DictReader(io.StringIO(text)) if row["test_digits"] == "shifted"]
         protocol = "num_epochs=2 batch_size=4"
         self.assertEqual(shown, [
             ["mobius_signflip", f"{protocol} precision=bf16", "5", "0"],
