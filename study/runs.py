@@ -105,11 +105,7 @@ class Study:
         """
         # In this order: `pack` writes table5.json before it deletes the other file.
         with contextlib.suppress(FileNotFoundError):
-            try:
-                return read_result(self.results / "runs" / f"{name}.json")
-            except ValueError as error:
-                again = f"{error}: move it away, and the run is trained again"
-                raise ValueError(again) from error
+            return _read_fresh(self.results / "runs" / f"{name}.json")
         return self.packed.get(name)
 
     @property
@@ -137,7 +133,7 @@ class Study:
             raise ValueError(f"there are no results in {self.results}")
         with locked(self.results / f".{FILE}.lock"):
             paths = sorted((self.results / "runs").glob("*.json"))
-            fresh = {path: read_result(path) for path in paths}
+            fresh = {path: _read_fresh(path) for path in paths}
             fresh = {path: result for path, result in fresh.items()
                      if result["status"] == "finished" and not has_curve(result)}
             results = read_packed(self.results / FILE)
@@ -215,6 +211,14 @@ class Study:
         """Write a finished run's result to `file`, and delete the checkpoint."""
         write_json(self.file(run.config), run.result)
         (run.folder.path / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _read_fresh(path) -> dict:
+    """A result in runs/. Raises as `read_result` does, and says what to do."""
+    try:
+        return read_result(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: move it away, and the run is trained again") from error
 
 
 class Progress:

@@ -445,7 +445,8 @@ class TestReproduce(RunsCase):
         table = self.main(reproduce, *self.options("--runs", "3", "--table"))
         (self.folder / "results" / "runs" / "damaged.json").write_text("{")
         files = self.files()
-        self.assertFails(reproduce.main, *self.options("--pack"), contains=["damaged.json"])
+        self.assertFails(reproduce.main, *self.options("--pack"),
+                         contains=["damaged.json", "move it away"])
         self.assertEqual(self.files(), {"results/.table5.json.lock": b""} | files)
         (self.folder / "results" / "runs" / "damaged.json").unlink()
 
