@@ -535,17 +535,17 @@ def results(errors: Mapping[tuple[str, str], list[float]],
     """
     figure = Figure(figsize=(8.6, 3.3), layout="constrained")
     modes = ("centered", "shifted")
-    dot = {"markersize": 5, "markeredgewidth": 0}
+    dot = {"markersize": 4, "markeredgewidth": 0}
     models = list(dict.fromkeys(name for (name, _), runs in errors.items() if runs))
     for axes, mode in zip(figure.subplots(1, 2, sharex=True, sharey=True), modes):
         for row, name in enumerate(models):
             if published := paper.get(name, {}).get(mode):
                 mean, std, *_ = published
-                axes.barh(row, 2 * std, left=mean - std, height=0.62, color=GREY, alpha=0.35,
+                axes.barh(row, 2 * std, left=mean - std, height=0.8, color=GREY, alpha=0.35,
                           linewidth=0)
-                axes.plot([mean, mean], [row - 0.31, row + 0.31], color=GREY, linewidth=1.5)
+                axes.plot([mean, mean], [row - 0.4, row + 0.4], color=GREY, linewidth=1.5, zorder=3)
             runs = errors.get((name, mode), [])
-            heights = [row + 0.16 * (i % 3 - 1) * (len(runs) > 1) for i in range(len(runs))]
+            heights = [row + 0.2 * (i % 3 - 1) * (len(runs) > 1) for i in range(len(runs))]
             axes.plot(runs, heights, "o", color=model_colour(name), **dot)
         axes.set(title=f"trained on {mode} digits", xlabel="test error on shifted digits in %",
                  xscale="log")

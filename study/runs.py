@@ -145,7 +145,8 @@ class Study:
                 write_packed(self.results / FILE, results)
             for path in fresh:  # if killed in here, the next call goes on
                 path.unlink()
-        return (f"moved {len(fresh)} runs into {self.results / FILE}, which has {len(results)}; "
+        runs = f"{len(fresh)} run{'s' * (len(fresh) != 1)}"
+        return (f"moved {runs} into {self.results / FILE}, which has {len(results)} now; "
                 f"{len(paths) - len(fresh)} keep their files, with their training curves")
 
     def finished(self) -> list[Config]:

@@ -153,8 +153,9 @@ def table(study: Study, paper: Paper, style: str = "text") -> str:
             for results on different data.
         ImportError: if SciPy is not installed.
     """
-    if not study.stored() and not (study.results / "runs").is_dir():
-        raise ValueError(f"there are no results in {study.results} (no folder runs)")
+    folders = [study.results / name for name in ("runs", "logs")]
+    if not study.stored() and not any(folder.is_dir() for folder in folders):
+        raise ValueError(f"there are no runs in {study.results}")
     models = list(dict.fromkeys(config.model for config in study.configs))
     train_modes = list(dict.fromkeys(config.train_mode for config in study.configs))
     digits, versions = study.configs[0].digits, study.configs[0].test_versions

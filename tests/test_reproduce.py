@@ -797,6 +797,9 @@ class TestReproduce(RunsCase):
         self.assertFails(reproduce.main,
                          *self.options("--table", "--results", self.folder / "elsewhere"),
                          contains="elsewhere")
+        (self.folder / "young" / "logs").mkdir(parents=True)  # no run is finished yet
+        self.assertIn("Missing: 4 of 4 runs", self.main(
+            reproduce, *self.options("--table", "--results", self.folder / "young")))
         with mock.patch.dict(os.environ, {"WORLD_SIZE": "many"}):
             self.assertFails(reproduce.main, *self.options(),
                              contains=["WORLD_SIZE=many", "torchrun"])
