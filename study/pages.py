@@ -136,7 +136,7 @@ def shifts() -> str:
         return [f"{row['changed']:,}", " … ".join(dict.fromkeys(ends)) + " %"]
 
     rows = []
-    for model in (name for name in MODELS if (name, "polyphase") in measured):
+    for model in MODELS:
         fixed, polyphase = (measured[model, pooling] for pooling in POOLINGS)
         formulas = polyphase.get("changed_formulas", "-")
         seeds = f"{fixed['seed']}, {polyphase['seed']}"
