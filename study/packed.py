@@ -39,7 +39,7 @@ def read_packed(path) -> dict[str, dict]:
 
 
 def write_packed(path, results: dict[str, dict]) -> None:
-    """Write results of finished runs, without their training curves. The reverse of `read_packed`.
+    """Write results of finished runs. The reverse of `read_packed`.
 
     Raises:
         OSError: naming the file, if it cannot be written.
@@ -49,7 +49,6 @@ def write_packed(path, results: dict[str, dict]) -> None:
         row = {"run": name} | {key: value for key, value in result.items() if key != "status"}
         row["config"] = {option: value for option, value in result["config"].items()
                          if option not in DEFAULTS or value != DEFAULTS[option]}
-        row["epochs"] = result["epochs"][-1:]
         for key, values in (("data", data), ("environment", environments)):
             if result[key] not in values:
                 values.append(result[key])

@@ -108,8 +108,8 @@ def regular() -> str:
     samples["the paper's", "-"] = (paper.mean, paper.std, PAPER_RUNS)
     first, *others = samples.values()
     differences = ["-", *(compare(sample, first, paper.margin) for sample in others)]
-    rows = [[*key, "{:.2f} ± {:.2f} ({})".format(*samples[key]), difference]
-            for key, difference in zip(samples, differences)]
+    texts = [*map(summary, measured.values()), f"{paper} ({PAPER_RUNS})"]
+    rows = [[*key, *cells] for key, *cells in zip(samples, texts, differences)]
     return markdown(
         ["training digits", "computed in", "test error in %", "difference from the first (95 %)"],
         rows)
@@ -148,15 +148,12 @@ def shifts() -> str:
 
 
 def poolings() -> str:
-    models, modes, studies = list(MODELS), list(TRAIN_MODES), {}
-    for pooling in POOLINGS:
-        options = {"precision": "bf16", "pooling": pooling}
-        studies[pooling] = Study(reproduce.plan(PAPER_RUNS, models, modes, options))
-    columns, rows = list(itertools.product(modes, POOLINGS)), []
-    for model in models:
-        cells = [Cell(studies[pooling], model, mode, "shifted") for mode, pooling in columns]
-        if any(cell.errors for cell, (_, pooling) in zip(cells, columns) if pooling != "fixed"):
-            rows.append([f"`{model}`", *cells])
+    rows = []
+    for model in MODELS:
+        cells = [protocol_cells(model, "shifted", precision="bf16", pooling=pooling)
+                 for pooling in POOLINGS]
+        rows.append([f"`{model}`", *itertools.chain(*zip(*cells))])
+    columns = itertools.product(TRAIN_MODES, POOLINGS)
     return markdown(["model", *(f"{mode}, {pooling}" for mode, pooling in columns)], rows)
 
 

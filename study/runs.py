@@ -138,7 +138,7 @@ class Study:
                      if result["status"] == "finished" and not has_curve(result)}
             results = read_packed(self.results / FILE)
             for path, result in fresh.items():
-                packed = result | {"epochs": result["epochs"][-1:]}
+                packed = result | {"epochs": result["epochs"][-1:]}  # without the curve
                 if results.setdefault(path.stem, packed) != packed:
                     raise ValueError(f"{path} is not the run of that name in {FILE}: move it away")
             if fresh:

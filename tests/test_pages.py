@@ -67,6 +67,8 @@ class TestPages(FilesCase):
         }
         cells = {model: protocol_cells(model, "shifted", reproduce.PAPER, precision="bf16")
                  for model in MODELS}
+        self.assertEqual({(cell.config.precision, cell.config.sign_eps)
+                          for row in cells.values() for cell in row}, {("bf16", 0)})
         cnn, _ = cells["cnn_same_channels"]
         verdicts = {(model, mode): verdict for model, mode, verdict in re.findall(
             r"^\| `(\w+)` \| (\w+) \|.*\| (differs|equal within 0.1|undecided) \|",

@@ -544,7 +544,8 @@ class TestReproduce(RunsCase):
         self.write_results(others, lambda config, version: config.seed)
         before = [study.result(config) for config in study.configs]
         # write_atomically unlinks its temporary file, pack then those of the runs.
-        for name, calls in (("os.fsync", 0), ("os.replace", 0), ("pathlib.Path.unlink", 2)):
+        for name, calls in (("study.runs.write_packed", 0), ("os.fsync", 0), ("os.replace", 0),
+                            ("pathlib.Path.unlink", 2)):
             real, count = Path.unlink, itertools.count()
 
             def killed(*arguments, **options):
